@@ -1,0 +1,19 @@
+"""One class per user mistake, and per thing that a user should hear of."""
+
+from __future__ import annotations
+
+
+class OptionError(ValueError):
+    """``options=`` or ``mode=`` of ``torch.compile`` has an unknown key, a wrong type or an impossible value."""
+
+
+class DeferredOutputError(RuntimeError):
+    """A deferred output was read after what it is made from had changed in place."""
+
+
+class BodyCompilationWarning(UserWarning):
+    """Inductor could not compile a loop's body, which runs op by op instead."""
+
+
+class FallbackWarning(UserWarning):
+    """A graph could not be rewritten and was compiled as `torch.compile` would without this backend."""

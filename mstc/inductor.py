@@ -1,0 +1,204 @@
+"""Everything that reaches into PyTorch's private parts to compile, in one file, with the reason for each import.
+
+Works with torch 2.11 to 2.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import sympy
+import torch
+import torch._inductor.config as inductor_config
+from torch._dynamo.backends.common import aot_autograd  # AOTAutograd as a backend, for the lowering without Inductor
+from torch._dynamo.source import ConstantSource  # names the symbols of a body's sizes
+from torch._functorch.partitioners import min_cut_rematerialization_partition  # the partitioner Inductor uses
+from torch._guards import TracingContext, tracing  # a body is compiled in a context of its own
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner  # the outer graph; one aten graph
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files  # the hook, and its cache key
+from torch._inductor.decomposition import select_decomp_table  # same ops for both lowerings
+from torch._inductor.fx_passes.joint_graph import joint_graph_passes  # what Inductor does before partitioning
+from torch._inductor.virtualized import V  # where Inductor finds the fake mode
+from torch._subclasses import FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv  # symbolic sizes of a body
+
+__all__ = [
+    "CompiledBody",
+    "CustomGraphPass",
+    "compile_body",
+    "compile_outer",
+    "compile_outer_eager",
+    "get_hash_for_files",
+    "hide_autocast",
+    "known_inductor_options",
+    "mode_options",
+]
+
+Tensors = list[torch.Tensor]
+
+
+def hide_autocast() -> AbstractContextManager[object]:
+    """AOTAutograd has resolved autocast when a loop runs: casting again would change dtypes."""
+    return torch._C._DisableAutocast()
+
+
+def known_inductor_options() -> frozenset[str]:
+    """The names that ``torch.compile(options=...)`` may set for Inductor."""
+    return frozenset(inductor_config.get_config_copy())
+
+
+def mode_options(mode: str) -> dict[str, object]:
+    """What ``torch.compile(mode=...)`` means to Inductor.
+
+    Raises:
+        RuntimeError: an unknown mode (PyTorch's own message names the known ones).
+    """
+    return dict(torch._inductor.list_mode_options(mode))
+
+
+class CompiledBody:
+    """A body compiled for certain sizes: all fixed, or some left open."""
+
+    def __init__(
+        self,
+        call: Callable[[list[Any]], Sequence[torch.Tensor]],
+        dynamic: tuple[int, ...],
+        guards: tuple[sympy.Basic, ...],
+        symbols: tuple[sympy.Symbol, ...],
+    ) -> None:
+        self._call = call
+        self._dynamic = dynamic
+        self._guards = guards
+        self._symbols = symbols
+
+    def accepts(self, sizes: Sequence[int]) -> bool:
+        """Whether what was assumed while compiling holds for these sizes."""
+        values = {s: sizes[i] for s, i in zip(self._symbols, self._dynamic, strict=True)}
+        return all(g.xreplace(values) == sympy.true for g in self._guards)
+
+    def __call__(self, sizes: Sequence[int], tensors: Tensors) -> Sequence[torch.Tensor]:
+        return self._call([*(sizes[i] for i in self._dynamic), *tensors])
+
+
+def compile_body(
+    body: Callable[..., Sequence[torch.Tensor]],
+    sizes: Sequence[int],
+    tensors: Tensors,
+    shapes: Sequence[Sequence[Sequence[int]]],
+    dynamic: Sequence[int],
+    config: Mapping[str, object],
+) -> CompiledBody:
+    """Compile one body with Inductor.
+
+    Args:
+        body: ``body(*sizes, *tensors)``, made of aten ops.
+        sizes: the sizes of its axes, the chunk's first.
+        tensors: inputs as the first call has them.
+        shapes: for every tensor and dim, the indices into `sizes` whose product the dim is.
+        dynamic: indices into `sizes` to leave open.
+        config: Inductor options.
+
+    Raises:
+        whatever Inductor raises.
+    """
+    shape_env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=shape_env)
+    open_sizes: dict[int, Any] = {}
+    for i in dynamic:
+        source = ConstantSource(f"a{i}")
+        symbol = shape_env.create_symbol(sizes[i], source=source, dynamic_dim=DimDynamic.DYNAMIC)
+        open_sizes[i] = shape_env.create_symintnode(symbol, hint=sizes[i], source=source)
+    all_sizes = [open_sizes.get(i, s) for i, s in enumerate(sizes)]
+    with mode:
+        fakes = [_fake(t, dims, all_sizes, frozenset(open_sizes)) for t, dims in zip(tensors, shapes, strict=True)]
+    arguments = [*open_sizes.values(), *fakes]
+
+    def call(*args: Any) -> Sequence[torch.Tensor]:
+        opened = dict(zip(open_sizes, args, strict=False))
+        return body(*(opened.get(i, s) for i, s in enumerate(sizes)), *args[len(open_sizes) :])
+
+    with (
+        torch.no_grad(),
+        tracing(TracingContext(mode)),
+        V.set_fake_mode(mode),
+        inductor_config.patch(dict(config)),
+        hide_autocast(),
+    ):
+        with mode:
+            graph = make_fx(call)(*arguments)
+        graph = joint_graph_passes(graph)
+        (output,) = graph.graph.find_nodes(op="output")
+        output.meta["user_visible_output_idxs"] = []  # no layout is asked for: the loop takes any strides
+        compiled = compile_fx_inner(graph, arguments, is_inference=True)
+    symbols = tuple(s.node.expr for s in open_sizes.values())
+    guards = [g.expr for g in shape_env.guards]
+    guards += [sympy.Eq(s, r) for s, r in shape_env.replacements.items() if s in symbols]
+    kept = tuple(sympy.simplify(g) if g.free_symbols else g for g in map(sympy.sympify, guards))
+    return CompiledBody(cast("Any", compiled), tuple(open_sizes), kept, symbols)
+
+
+def _fake(
+    tensor: torch.Tensor, dims: Sequence[Sequence[int]], sizes: Sequence[Any], dynamic: frozenset[int]
+) -> torch.Tensor:
+    if not any(i in dynamic for dim in dims for i in dim):
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    shape: list[Any] = []
+    for dim in dims:
+        total: Any = 1
+        for i in dim:
+            total = total * sizes[i]
+        shape.append(total)
+    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def compile_outer(
+    gm: GraphModule, example_inputs: Sequence[Any], graph_pass: CustomGraphPass | None, config: Mapping[str, object]
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph with Inductor, with `graph_pass` run on its joint (or inference) graph."""
+    patches = dict(config)
+    if graph_pass is not None:
+        patches["joint_custom_pre_pass"] = graph_pass
+    return cast("Callable[..., Any]", compile_fx(gm, list(example_inputs), config_patches=cast("Any", patches)))
+
+
+def compile_outer_eager(
+    gm: GraphModule, example_inputs: Sequence[Any], graph_pass: CustomGraphPass | None
+) -> Callable[..., Any]:
+    """The same road without Inductor: AOTAutograd, our pass, the partitioner, then the graphs run op by op."""
+
+    def partition(joint: GraphModule, inputs: Sequence[object], **kwargs: Any) -> tuple[GraphModule, GraphModule]:
+        if graph_pass is not None:
+            graph_pass(joint.graph)
+            joint.recompile()
+        kwargs.pop("static_lifetime_input_indices", None)
+        return min_cut_rematerialization_partition(joint, inputs, compiler="inductor", **kwargs)
+
+    def forward(graph: GraphModule, inputs: Sequence[object]) -> Callable[..., Any]:
+        return _boxed(graph)
+
+    def inference(graph: GraphModule, inputs: Sequence[object]) -> Callable[..., Any]:
+        if graph_pass is not None:
+            graph_pass(graph.graph)
+            graph.recompile()
+        return _boxed(graph)
+
+    compiler = aot_autograd(
+        fw_compiler=forward,
+        bw_compiler=forward,
+        inference_compiler=inference,
+        partition_fn=partition,
+        decompositions=select_decomp_table(),
+        keep_inference_input_mutations=True,
+    )
+    return cast("Callable[..., Any]", compiler(gm, list(example_inputs)))
+
+
+def _boxed(graph: GraphModule) -> Callable[[list[Any]], Any]:
+    """The calling convention that lets intermediates be freed as soon as they are dead."""
+    graph.graph.set_codegen(torch.fx.graph._BoxedCodeGen())
+    graph.recompile()
+    return graph

@@ -1,0 +1,284 @@
+"""The loop: one opaque, functional op that runs a body over the chunks of an axis.
+
+``mst::loop(Tensor[] inputs, SymInt[] sizes, int chunk, str spec, str lowering) -> Tensor[]``
+
+    inputs    the body's boundary inputs, whole.
+    sizes     the sizes of the body's axes at this call, the loop axis first.
+    chunk     positions of the loop axis per step; the last chunk takes what is left.
+    spec      the body as text, how inputs are sliced and outputs are put together (`passes.body`).
+    lowering  how bodies are run, as JSON: ``{"kind": "inductor" | "eager", "config": {...}}``.
+
+All that a loop needs is in its arguments, so a graph with loops in it can be cached on disk and run in another process.
+
+Per chunk: narrow the split inputs (no copy where the slice is contiguous), run the compiled body, copy split outputs into
+buffers allocated once, add sums and products in place. Bodies are compiled on first use, once per distinct text and
+sizes; when a second size comes, the sizes that differ are left open, so that two compiles serve any lengths.
+
+A body that Inductor cannot compile is run op by op: as exact, as small, slower. That is said once, by a warning and in the report.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mstc.errors import BodyCompilationWarning
+from mstc.inductor import CompiledBody, compile_body, hide_autocast
+
+log = logging.getLogger(__name__)
+
+_LIBRARY = torch.library.Library("mst", "FRAGMENT")
+_LIBRARY.define(
+    "loop(Tensor[] inputs, SymInt[] sizes, int chunk, str spec, str lowering) -> Tensor[]",
+    tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
+)
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """Where a tensor has the loop axis."""
+
+    dim: int
+    factors: tuple[int, ...]  # the dim's axes, outermost first, as indices into the sizes
+    position: int  # which of them is the loop axis
+
+    def narrow(self, tensor: torch.Tensor, sizes: Sequence[int], start: int, length: int) -> torch.Tensor:
+        """One chunk's slice, its factors still apart: dims ``dim .. dim + len(factors) - 1``."""
+        if len(self.factors) > 1:
+            tensor = tensor.unflatten(self.dim, [sizes[f] for f in self.factors])
+        return tensor.narrow(self.dim + self.position, start, length)
+
+    def merge(self, tensor: torch.Tensor) -> torch.Tensor:
+        if len(self.factors) > 1:
+            tensor = tensor.flatten(self.dim, self.dim + len(self.factors) - 1)
+        return tensor.contiguous()
+
+    def split(self, tensor: torch.Tensor, sizes: Sequence[int], length: int) -> torch.Tensor:
+        """A chunk's result with its factors apart, to be copied into `narrow` of the whole."""
+        if len(self.factors) == 1:
+            return tensor
+        return tensor.unflatten(self.dim, [length if i == self.position else sizes[f] for i, f in enumerate(self.factors)])
+
+
+@dataclass(frozen=True)
+class Output:
+    """One value that the loop makes, and how."""
+
+    kind: str  # "split", "sum" or "matmul" (two values of the body, to be multiplied and added)
+    dims: tuple[tuple[int, ...], ...]  # per dim, indices into the sizes
+    dtype: torch.dtype
+    order: tuple[int, ...]  # dims from outermost to innermost in memory
+    slicing: Slicing | None
+
+    def shape(self, sizes: Sequence[Any]) -> list[Any]:
+        return [functools.reduce(lambda a, b: a * b, (sizes[i] for i in dim), 1) for dim in self.dims]
+
+    def empty(self, sizes: Sequence[Any], device: torch.device) -> torch.Tensor:
+        return torch.empty_permuted(self.shape(sizes), self.order, dtype=self.dtype, device=device)
+
+
+def _slicing(entry: list[Any] | None) -> Slicing | None:
+    return None if entry is None else Slicing(entry[0], tuple(entry[1]), entry[2])
+
+
+@dataclass
+class Program:
+    """A spec, parsed, with what was compiled for it so far."""
+
+    body: Callable[..., Sequence[torch.Tensor]]
+    inputs: tuple[Slicing | None, ...]
+    input_dims: tuple[tuple[tuple[int, ...], ...], ...]
+    outputs: tuple[Output, ...]
+    lowering: dict[str, Any]
+    compiled: dict[tuple[Any, ...], Callable[[Sequence[int], list[torch.Tensor]], Sequence[torch.Tensor]]] = field(
+        default_factory=dict
+    )
+    open_bodies: list[CompiledBody] = field(default_factory=list)
+    first_sizes: dict[tuple[Any, ...], tuple[int, ...]] = field(default_factory=dict)
+    failure: BaseException | None = None
+
+    def run(self, inputs: Sequence[torch.Tensor], sizes: Sequence[int], chunk: int) -> list[torch.Tensor]:
+        length = sizes[0]
+        device = _device(inputs)
+        buffers: list[torch.Tensor | None] = [
+            o.empty(sizes, device) if o.kind == "split" else None for o in self.outputs
+        ]
+        for start in range(0, length, chunk):
+            size = min(chunk, length - start)
+            self._step(inputs, sizes, start, size, buffers)
+        return [
+            b if b is not None else o.empty(sizes, device).zero_() for b, o in zip(buffers, self.outputs, strict=True)
+        ]
+
+    def _step(
+        self,
+        inputs: Sequence[torch.Tensor],
+        sizes: Sequence[int],
+        start: int,
+        size: int,
+        buffers: list[torch.Tensor | None],
+    ) -> None:
+        tensors = [
+            t if s is None else s.merge(s.narrow(t, sizes, start, size)) for t, s in zip(inputs, self.inputs, strict=True)
+        ]
+        own = (size, *sizes[1:])
+        values = iter(self.function(own, tensors)(own, tensors))
+        del tensors
+        for index, output in enumerate(self.outputs):
+            value = next(values)
+            if output.slicing is not None:
+                buffer = buffers[index]
+                assert buffer is not None
+                output.slicing.narrow(buffer, sizes, start, size).copy_(output.slicing.split(value, sizes, size))
+            elif output.kind == "matmul":
+                buffers[index] = _add_product(buffers[index], value, next(values), output)
+            else:
+                buffers[index] = _add(buffers[index], value, output)
+
+    # -- compiling -----------------------------------------------------------------------------------------------
+
+    def function(
+        self, sizes: tuple[int, ...], tensors: list[torch.Tensor]
+    ) -> Callable[[Sequence[int], list[torch.Tensor]], Sequence[torch.Tensor]]:
+        """The body for these sizes; compiled now if it is the first call of its kind."""
+        form = tuple(
+            (t.stride() if s is None else None, t.dtype, t.device) for t, s in zip(tensors, self.inputs, strict=True)
+        )
+        key = (sizes, form)
+        found = self.compiled.get(key)
+        if found is None:
+            found = self.compiled[key] = self._compile(sizes, form, tensors)
+        return found
+
+    def _eagerly(self, sizes: Sequence[int], tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return self.body(*sizes, *tensors)
+
+    def _compile(
+        self, sizes: tuple[int, ...], form: tuple[Any, ...], tensors: list[torch.Tensor]
+    ) -> Callable[[Sequence[int], list[torch.Tensor]], Sequence[torch.Tensor]]:
+        if self.lowering["kind"] == "eager" or self.failure is not None:
+            return self._eagerly
+        dtypes = tuple(f[1:] for f in form)
+        first = self.first_sizes.setdefault(dtypes, sizes)
+        dynamic = [i for i, (a, b) in enumerate(zip(first, sizes, strict=True)) if a != b and b > 1]
+        whole_layouts_open = any(
+            i in dynamic for s, dims in zip(self.inputs, self.input_dims, strict=True) if s is None for d in dims for i in d
+        )
+        if dynamic and not whole_layouts_open:
+            for body in self.open_bodies:
+                if set(dynamic) <= set(body._dynamic) and body.accepts(sizes):
+                    return body
+        try:
+            body = compile_body(
+                self.body,
+                sizes,
+                tensors,
+                self.input_dims,
+                [] if whole_layouts_open else dynamic,
+                self.lowering["config"],
+            )
+        except Exception as error:  # Inductor's errors have no common base
+            self.failure = error
+            log.warning("a loop body could not be compiled and runs op by op", exc_info=True)
+            warnings.warn(
+                f"Inductor could not compile a loop body ({type(error).__name__}: {error}); it runs op by op: "
+                "the numbers and the memory are the same, the speed is not.",
+                BodyCompilationWarning,
+                stacklevel=2,
+            )
+            return self._eagerly
+        counters.bodies_compiled += 1
+        if dynamic and not whole_layouts_open:
+            self.open_bodies.append(body)
+        return body
+
+
+@dataclass
+class Counters:
+    """Deterministic counts, for tests."""
+
+    bodies_compiled: int = 0
+
+
+counters = Counters()
+
+
+def _device(inputs: Sequence[torch.Tensor]) -> torch.device:
+    """Where the loop runs: a scalar may live on the host beside tensors on a GPU."""
+    return next((t.device for t in inputs if t.dim()), inputs[0].device)
+
+
+def _add(buffer: torch.Tensor | None, value: torch.Tensor, output: Output) -> torch.Tensor:
+    if buffer is None:
+        return value.to(output.dtype, copy=True)
+    return buffer.add_(value)
+
+
+def _add_product(
+    buffer: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor, output: Output
+) -> torch.Tensor:
+    """``buffer += left @ right``, accumulated in the buffer's dtype where the device can."""
+    if left.dtype == output.dtype:
+        return torch.mm(left, right) if buffer is None else buffer.addmm_(left, right)
+    if left.is_cuda:
+        if buffer is None:
+            return torch.mm(left, right, out_dtype=output.dtype)
+        return torch.addmm(buffer, left, right, out_dtype=output.dtype, out=buffer)
+    return _add(buffer, left @ right, output)
+
+
+@functools.lru_cache(maxsize=None)
+def program_of(spec: str, lowering: str) -> Program:
+    """The parsed program of a spec; one per distinct text, so equal layers share what is compiled."""
+    entry = json.loads(spec)
+    scope: dict[str, Any] = {
+        "torch": torch,
+        "device": torch.device,
+        "inf": float("inf"),
+        "nan": float("nan"),
+        "NoneType": type(None),
+    }
+    exec(compile(entry["body"], "<mst body>", "exec"), scope)  # text that passes.body wrote
+    body = functools.partial(scope["forward"], None)
+    return Program(
+        body=body,
+        inputs=tuple(_slicing(i["slice"]) for i in entry["inputs"]),
+        input_dims=tuple(tuple(tuple(d) for d in i["dims"]) for i in entry["inputs"]),
+        outputs=tuple(
+            Output(
+                kind=o["kind"],
+                dims=tuple(tuple(d) for d in o["dims"]),
+                dtype=getattr(torch, o["dtype"]),
+                order=tuple(o["order"]),
+                slicing=_slicing(o["slice"]),
+            )
+            for o in entry["outputs"]
+        ),
+        lowering=json.loads(lowering),
+    )
+
+
+def _loop(
+    inputs: Sequence[torch.Tensor], sizes: Sequence[int], chunk: int, spec: str, lowering: str
+) -> list[torch.Tensor]:
+    with torch.no_grad(), hide_autocast():
+        return program_of(spec, lowering).run(inputs, sizes, chunk)
+
+
+def _loop_fake(
+    inputs: Sequence[torch.Tensor], sizes: Sequence[Any], chunk: int, spec: str, lowering: str
+) -> list[torch.Tensor]:
+    program = program_of(spec, lowering)
+    return [o.empty(sizes, _device(inputs)) for o in program.outputs]
+
+
+_LIBRARY.impl("loop", _loop, "CompositeExplicitAutograd")
+torch.library.register_fake("mst::loop", _loop_fake, lib=_LIBRARY)
+loop_op = torch.ops.mst.loop.default

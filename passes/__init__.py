@@ -1,0 +1,59 @@
+"""The passes, in order: graph -> facts -> plan -> graph.
+
+    axes      which dims are the same axis, and what every op does to them        `passes.axes`, `passes.rules`
+    regions   convex sets of nodes with a large inside and a small boundary       `passes.regions`
+    plan      which regions, in which mode, how many chunks                       `passes.plan`
+        liveness  who is alive when, where the peak is                            `passes.liveness`
+        modes     recompute, or gradients in the forward                          `passes.modes`, `passes.linear`
+        body      one chunk's work as a graph of its own                          `passes.body`
+        chunk     a new graph, with loops in place of regions                     `passes.chunk`
+    verify    the new graph says what the old one said                            `passes.verify`
+
+Before these, on the graph as Dynamo made it: `passes.defer` takes outputs out that the caller probably drops.
+Everything here is a pure function of its arguments; nothing here imports `mstc`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch.fx import Graph
+
+from passes.axes import analyze_axes
+from passes.plan import Planned, PlanOptions, make_plan
+from passes.regions import find_regions
+from passes.rules import find_rule
+from passes.verify import verify_same_interface
+
+__all__ = ["run_passes"]
+
+
+def run_passes(
+    graph: Graph,
+    options: PlanOptions,
+    *,
+    min_region_bytes: int,
+    loop_op: Callable[..., object],
+    lowering: str,
+    observe: Callable[[str, object], None] = lambda name, value: None,
+) -> Planned:
+    """Plan and rewrite one joint or inference graph; the input graph is left as it is.
+
+    Args:
+        graph: a functional aten graph with fake values in ``meta["val"]``.
+        options: what the planner is asked for.
+        min_region_bytes: smallest value that may seed a region.
+        loop_op: the runtime's loop op, called in the new graph.
+        lowering: passed on to the loop op.
+        observe: called after each pass with its name and its result.
+    """
+    axes = analyze_axes(graph, find_rule)
+    observe("axes", axes)
+    regions, refusals = find_regions(graph, axes, min_bytes=min_region_bytes)
+    observe("regions", (regions, refusals))
+    planned = make_plan(graph, axes, regions, refusals, options, loop_op=loop_op, lowering=lowering)
+    observe("plan", planned.plan)
+    if planned.chunked is not None:
+        verify_same_interface(graph, planned.chunked.graph)
+        observe("chunk", planned.chunked)
+    return planned

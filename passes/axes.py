@@ -1,0 +1,279 @@
+"""Which dims of which tensors are the same axis, and what every op does to them.
+
+Terms
+    axis       an *atomic* axis: an index space with a size. Named by an integer.
+    product    an ordered tuple of axes, outermost first: what one dim of a tensor is made of, as in einops'
+               ``(b s) h``. A dim of size one is the empty product.
+    role       what an op does along an axis: ``parallel`` (the op on slices is the slice of the op), ``sum`` (the
+               op adds over the axis) or ``entangled`` (anything else, so no loop may run along it).
+
+Algorithm
+    1. Graph inputs get fresh axes, one per dim that is not of size one.
+    2. Every op's rule (`passes.rules`) relates its operands: pointwise ops *unify* dims, ``view`` regroups
+       products, ``permute`` reorders, ``mm`` contracts, ``sum`` reduces.
+    3. Unifying two products splits an axis where one side is finer than the other (*refinement*), so axes are kept in
+       a union-find whose roots may expand into a product.
+
+Sizes alone prove nothing: two axes of equal length stay different until an op equates them. An axis analysis is a set
+of facts about alignment only; that a loop along an axis is right follows from the per-op roles (see `passes.regions`).
+
+Not handled: ops without a rule (their outputs get fresh axes, and every axis of the op is entangled); a ``view``
+that regroups across factors which no integer division separates; sizes known only at run time (unbacked).
+
+Source: the named-axis view of einops (Rogozhnikov, ICLR 2022) and of sharding propagation (GSPMD, Xu et al. 2021).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import sympy
+import torch
+from torch.fx import Graph, Node
+
+Size = int | sympy.Expr
+Product = tuple[int, ...]
+Dims = tuple[Product, ...]
+Role = Literal["absent", "parallel", "sum", "entangled"]
+
+
+def as_size(size: object) -> Size:
+    """An int, or the sympy expression behind a SymInt."""
+    if isinstance(size, torch.SymInt):
+        expr = sympy.expand(size.node.expr)
+        return int(expr) if expr.is_Integer else expr
+    assert isinstance(size, int), size
+    return size
+
+
+def size_product(sizes: Iterable[Size]) -> Size:
+    total: Size = 1
+    for size in sizes:
+        total = total * size
+    if isinstance(total, sympy.Expr):
+        total = sympy.expand(total)
+        return int(total) if total.is_Integer else total
+    return total
+
+
+def divide(numerator: Size, denominator: Size) -> Size | None:
+    """The exact quotient, or None when it is not known to be a whole number."""
+    if isinstance(numerator, int) and isinstance(denominator, int):
+        return numerator // denominator if denominator and numerator % denominator == 0 else None
+    quotient = sympy.cancel(sympy.sympify(numerator) / sympy.sympify(denominator))
+    _, bottom = sympy.fraction(quotient)
+    if bottom != 1:
+        return None
+    quotient = sympy.expand(quotient)
+    return int(quotient) if quotient.is_Integer else quotient
+
+
+class AxisTable:
+    """A union-find over axes whose roots may be refined into products of finer axes."""
+
+    def __init__(self) -> None:
+        self.sizes: list[Size] = []
+        self._parent: list[Product] = []  # (i,) for a root, else what axis i stands for now
+
+    def fresh(self, size: Size) -> Product:
+        """A new axis of `size` elements; the empty product when the size is one."""
+        if isinstance(size, int) and size == 1:
+            return ()
+        axis = len(self.sizes)
+        self.sizes.append(size)
+        self._parent.append((axis,))
+        return (axis,)
+
+    def resolve(self, product: Product) -> Product:
+        """The product in terms of today's roots."""
+        out: list[int] = []
+        for axis in product:
+            parent = self._parent[axis]
+            if parent == (axis,):
+                out.append(axis)
+            else:
+                parent = self.resolve(parent)
+                self._parent[axis] = parent
+                out.extend(parent)
+        return tuple(out)
+
+    def size(self, product: Product) -> Size:
+        return size_product(self.sizes[a] for a in self.resolve(product))
+
+    def _refine(self, axis: int, outer: Size, inner: Size) -> None:
+        self._parent[axis] = (*self.fresh(outer), *self.fresh(inner))
+
+    def unify(self, left: Product, right: Product) -> bool:
+        """Make two products the same axes. False when their factors cannot be matched."""
+        while True:
+            a, b = self.resolve(left), self.resolve(right)
+            mismatch = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+            if mismatch is None:
+                rest = a[len(b) :] or b[len(a) :]
+                return not rest or size_product(self.sizes[r] for r in rest) == 1
+            x, y = a[mismatch], b[mismatch]
+            size_x, size_y = self.sizes[x], self.sizes[y]
+            if size_x == size_y:
+                self._parent[max(x, y)] = (min(x, y),)
+            elif (q := divide(size_x, size_y)) is not None:
+                self._refine(x, size_y, q)
+            elif (q := divide(size_y, size_x)) is not None:
+                self._refine(y, size_x, q)
+            else:
+                return False
+
+    def regroup(self, axes: Product, sizes: Sequence[Size]) -> Dims | None:
+        """Deal `axes`, outermost first, into dims of the given sizes (what ``view`` does), refining where a dim ends
+        inside an axis. None when a dim ends where no whole factor does."""
+        queue = list(self.resolve(axes))
+        dims: list[Product] = []
+        for size in sizes:
+            need: Size = size
+            dim: list[int] = []
+            while need != 1:
+                if not queue:
+                    return None
+                axis = queue.pop(0)
+                have = self.sizes[axis]
+                if (rest := divide(need, have)) is not None:
+                    dim.append(axis)
+                    need = rest
+                elif (inner := divide(have, need)) is not None:
+                    self._refine(axis, need, inner)
+                    queue[:0] = self.resolve((axis,))
+                else:
+                    return None
+            dims.append(tuple(dim))
+        return tuple(dims) if not queue else None
+
+
+@dataclass(frozen=True)
+class OpAxes:
+    """What one op does: the dims of its outputs, and the axes along which it is not parallel."""
+
+    outputs: tuple[Dims | None, ...]  # one per output tensor; None for an output that is no tensor
+    summed: tuple[Product, ...] = ()  # the op adds over these
+    entangled: tuple[Product, ...] = ()  # the op mixes positions of these
+    opaque: bool = False  # no rule: every axis of the op is entangled
+
+
+@dataclass
+class OpCall:
+    """One call of an op, as its rule sees it."""
+
+    table: AxisTable
+    node: Node
+    facts: Axes
+    outputs: tuple[torch.Tensor | None, ...]  # fake values
+
+    def dims(self, arg: object) -> Dims:
+        assert isinstance(arg, Node)
+        return self.facts.dims(arg)
+
+    def output_dims(self, node: Node) -> tuple[Dims | None, ...]:
+        return self.facts.output_dims(node)
+
+    def fresh_dims(self, index: int = 0) -> Dims:
+        value = self.outputs[index]
+        assert value is not None
+        return tuple(self.table.fresh(as_size(s)) for s in value.shape)
+
+    def all_fresh(self) -> tuple[Dims | None, ...]:
+        return tuple(None if v is None else self.fresh_dims(i) for i, v in enumerate(self.outputs))
+
+
+Rule = Callable[[OpCall], OpAxes | None]
+
+
+def tensor_outputs(node: Node) -> tuple[torch.Tensor | None, ...]:
+    """The fake tensors a node makes, one entry per output."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return tuple(v if isinstance(v, torch.Tensor) else None for v in values)
+
+
+class Axes:
+    """The facts of one graph: `dims(node)` and `role(node, axis)`."""
+
+    def __init__(self, table: AxisTable) -> None:
+        self.table = table
+        self._dims: dict[Node, tuple[Dims | None, ...]] = {}
+        self._ops: dict[Node, OpAxes] = {}
+
+    def record(self, node: Node, op: OpAxes) -> None:
+        self._dims[node] = op.outputs
+        self._ops[node] = op
+
+    def dims(self, node: Node, output: int = 0) -> Dims:
+        """The dims of a node's value, resolved; () for a scalar."""
+        entry = self._dims.get(node)
+        dims = entry[output] if entry and output < len(entry) else None
+        return () if dims is None else tuple(self.table.resolve(p) for p in dims)
+
+    def output_dims(self, node: Node) -> tuple[Dims | None, ...]:
+        return self._dims[node]
+
+    def axes(self, node: Node) -> tuple[int, ...]:
+        """Every axis of every output of the node, with repetition."""
+        entry = self._dims.get(node, ())
+        return tuple(a for dims in entry if dims for p in dims for a in self.table.resolve(p))
+
+    def is_opaque(self, node: Node) -> bool:
+        op = self._ops.get(node)
+        return op is None or op.opaque
+
+    def role(self, node: Node, axis: int) -> Role:
+        """What `node` does along `axis` (which must be a root)."""
+        op = self._ops.get(node)
+        touches = axis in self.axes(node) or any(axis in self.axes(i) for i in node.all_input_nodes)
+        if not touches:
+            return "absent"
+        if op is None or op.opaque or any(axis in self.table.resolve(p) for p in op.entangled):
+            return "entangled"
+        if any(axis in self.table.resolve(p) for p in op.summed):
+            return "sum"
+        return "parallel"
+
+
+def analyze_axes(graph: Graph, find_rule: Callable[[Node], Rule | None]) -> Axes:
+    """Give every dim of every tensor in `graph` its axes.
+
+    Args:
+        graph: a functional aten graph whose nodes carry fake values in ``meta["val"]``.
+        find_rule: the table of op rules, `passes.rules.find_rule`.
+    """
+    table = AxisTable()
+    facts = Axes(table)
+    for node in graph.nodes:
+        if node.op == "output":
+            continue
+        call = OpCall(table, node, facts, tensor_outputs(node))
+        if node.op in ("placeholder", "get_attr"):
+            facts.record(node, OpAxes(call.all_fresh()))
+            continue
+        rule = find_rule(node)
+        try:
+            op = rule(call) if rule is not None else None
+        except (AssertionError, NotImplementedError, ValueError, IndexError, TypeError):
+            op = None  # a rule that meets a form it does not know refuses, it never guesses
+        if op is not None:
+            op = _checked(call, op)
+        facts.record(node, op or OpAxes(call.all_fresh(), opaque=True))
+    return facts
+
+
+def _checked(call: OpCall, op: OpAxes) -> OpAxes | None:
+    """A rule's dims must have the sizes that tracing found, or the op counts as one without a rule."""
+    if len(op.outputs) != len(call.outputs):
+        return None
+    for dims, value in zip(op.outputs, call.outputs, strict=True):
+        if (dims is None) != (value is None):
+            return None
+        if dims is not None and value is not None:
+            if len(dims) != value.dim():
+                return None
+            if any(call.table.size(p) != as_size(s) for p, s in zip(dims, value.shape, strict=True)):
+                return None
+    return op

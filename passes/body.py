@@ -1,0 +1,270 @@
+"""The body of a loop: the part of a region that one chunk runs, as a graph of its own.
+
+Terms
+    boundary input   a value from outside that the body reads: *split* (each chunk gets its slice) or *whole*.
+    prelude          cheap outside nodes that are computed again inside, because their inputs are a better boundary: views (so
+                     that the storage itself is passed), constants, and small tangent-dependent values (so that a
+                     tangent enters as the scalar that it is made from).
+    accumulator      an output that is a sum over the loop axis. A matrix product over the loop axis leaves the body as its
+                     two operands, and the loop adds their product in place, which spares a buffer of the result's size.
+
+The body takes the sizes of its axes as arguments, the loop axis' being the chunk's, so that one text serves any
+length; explicit sizes (``view``, ``expand``, ``full``) are rewritten in terms of them. Names and order are canonical: equal layers
+give equal text, and are compiled once.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch.fx import Graph, Node
+
+from passes import rules
+from passes.axes import Axes, Dims, Product, Size
+from passes.source import nbytes, op_name
+
+aten = torch.ops.aten
+
+_SINKABLE_VIEWS = {
+    *rules.shape.RESHAPES,
+    aten.permute,
+    aten.transpose,
+    aten.t,
+    aten.alias,
+    aten.detach,
+    aten.expand,
+}
+_NARROW = 64  # a prelude value is at least this many times smaller than the region's seed
+
+
+class BodyError(Exception):
+    """The region cannot be written as a body; the message says why."""
+
+
+OutputKind = Literal["split", "sum", "matmul"]
+
+
+@dataclass(frozen=True)
+class BodyOutput:
+    """One value that the loop makes."""
+
+    node: Node  # the node of the outer graph that it stands for
+    kind: OutputKind
+    dims: tuple[tuple[int, ...], ...]  # per dim, indices into the body's axes
+    dtype: torch.dtype  # as in the outer graph
+    accumulate: torch.dtype  # of the buffer that the loop fills
+    order: tuple[int, ...]  # dims from outermost to innermost in memory
+
+
+@dataclass(frozen=True)
+class Body:
+    """One chunk's work, and how chunks make the whole."""
+
+    spec: str  # everything the runtime needs, as canonical JSON
+    graph: Graph
+    inputs: tuple[Node, ...]  # boundary inputs, nodes of the outer graph
+    outputs: tuple[BodyOutput, ...]
+    axes: tuple[int, ...]  # axis ids, the loop axis first
+    nodes: tuple[Node, ...] = field(repr=False)  # outer nodes computed inside, in order
+
+
+def _is_passthrough(node: Node, axes: Axes) -> bool:
+    """A ``slice`` of everything."""
+    packet = getattr(node.target, "overloadpacket", None)
+    return packet is aten.slice and axes.dims(node) == axes.dims(node.all_input_nodes[0])
+
+
+class _BodyBuilder:
+    def __init__(self, axes: Axes, axis: int, inside: frozenset[Node], tangent: set[Node], narrow_bytes: float) -> None:
+        self.axes = axes
+        self.inside = inside
+        self.tangent = tangent
+        self.narrow_bytes = narrow_bytes
+        self.axis = axis
+        self.index: dict[int, int] = {axis: 0}  # axis id -> position among the body's sizes
+        self.graph = Graph()
+        self.map: dict[Node, Node] = {}
+        self.inputs: dict[Node, Node] = {}
+        self.nodes: list[Node] = []
+        self.sizes: dict[int, Node] = {}
+
+    def dims(self, node: Node) -> tuple[tuple[int, ...], ...]:
+        return tuple(self.product(p) for p in self.axes.dims(node))
+
+    def product(self, product: Product) -> tuple[int, ...]:
+        return tuple(self.index.setdefault(a, len(self.index)) for a in product)
+
+    # -- what is computed inside ---------------------------------------------------------------------------------
+
+    def computed(self, node: Node) -> bool:
+        if node.op != "call_function":
+            return False
+        if node in self.inside:
+            return True
+        if any(self.is_symbolic(a) for a in node.all_input_nodes) and rules.size_argument(node) is None:
+            return False
+        role = self.axes.role(node, self.axis)
+        if role not in ("absent", "parallel") or self.axes.axes(node).count(self.axis) > 1:
+            return False
+        if rules.is_creation(node) or op_name(node) == "aten.scalar_tensor":
+            return True
+        packet = getattr(node.target, "overloadpacket", None)
+        if packet in _SINKABLE_VIEWS:
+            return not any(self.axes.axes(i).count(self.axis) > 1 for i in node.all_input_nodes)
+        narrow = nbytes(node.meta.get("val")) <= self.narrow_bytes
+        return node in self.tangent and narrow and rules.is_pointwise(node) and role == "parallel"
+
+    @staticmethod
+    def is_symbolic(node: Node) -> bool:
+        return not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list))
+
+    # -- emission ------------------------------------------------------------------------------------------------
+
+    def order(self, roots: Iterable[Node]) -> list[Node]:
+        """Inside nodes that the roots need, inputs first; depth first, so that equal regions agree."""
+        seen: set[Node] = set()
+        out: list[Node] = []
+        stack: list[tuple[Node, bool]] = [(r, False) for r in reversed(list(roots))]
+        while stack:
+            node, done = stack.pop()
+            if done:
+                out.append(node)
+                continue
+            if node in seen:
+                continue
+            seen.add(node)
+            stack.append((node, True))
+            if self.computed(node):
+                size_at = rules.size_argument(node)
+                for i in reversed(node.all_input_nodes):
+                    if not (size_at is not None and self.is_symbolic(i)):
+                        stack.append((i, False))
+        return out
+
+    def size(self, product: Product, sizes: dict[int, Node]) -> int | Node:
+        """The number of positions of a product, as an expression of the body's size arguments."""
+        value: int | Node = 1
+        for axis in self.product(product):
+            one = sizes[axis]
+            value = one if value == 1 else self.graph.call_function(operator.mul, (value, one))
+        return value
+
+    def emit(self, node: Node, sizes: dict[int, Node]) -> Node:
+        if _is_passthrough(node, self.axes):
+            return self.map[node.all_input_nodes[0]]
+        size_at = rules.size_argument(node)
+        if size_at is None:
+            if any(self.is_symbolic(i) for i in node.all_input_nodes):
+                raise BodyError(f"{op_name(node)} reads a size that is known at run time only")
+            args = torch.fx.map_arg(node.args, self.map.__getitem__)
+            return self.graph.call_function(node.target, args, torch.fx.map_arg(node.kwargs, self.map.__getitem__))
+        shape = [self.size(p, sizes) for p in self.axes.dims(node)]
+        if rules.is_reshape(node):
+            # reshape, not view: a slice is contiguous where the whole may have had other strides
+            return self.graph.call_function(aten.reshape.default, (self.map[node.all_input_nodes[0]], shape))
+        args = list(node.args)
+        args[size_at] = shape
+        keep = {i: a for i, a in enumerate(args) if i != size_at}
+        done = torch.fx.map_arg(keep, self.map.__getitem__)
+        full = tuple(shape if i == size_at else done[i] for i in range(len(args)))
+        return self.graph.call_function(node.target, full, dict(node.kwargs))
+
+    def build(self, outputs: Sequence[Node]) -> Body:
+        described: list[tuple[Node, OutputKind]] = []
+        roots: list[Node] = []
+        for node in outputs:
+            kind: OutputKind = "split"
+            if self.axes.role(node, self.axis) == "sum":
+                kind = "matmul" if getattr(node.target, "overloadpacket", None) is aten.mm else "sum"
+            described.append((node, kind))
+            roots.extend(node.all_input_nodes if kind == "matmul" else [node])
+        order = self.order(roots)
+        boundary = [n for n in order if not self.computed(n)]
+        for node in boundary:
+            if self.is_symbolic(node):
+                raise BodyError(f"{op_name(node)} reads a size that is known at run time only")
+            if self.axes.axes(node).count(self.axis) > 1:
+                raise BodyError(f"{node} has the loop axis twice")
+        self.nodes = [n for n in order if self.computed(n)]
+        # every axis gets its number before code is written, so that size arguments come first
+        for node in (*boundary, *self.nodes, *outputs):
+            self.dims(node)
+        sizes = {i: self.graph.placeholder(f"a{i}") for i in range(len(self.index))}
+        for i, node in enumerate(boundary):
+            self.map[node] = self.graph.placeholder(f"t{i}")
+        for node in self.nodes:
+            self.map[node] = self.emit(node, sizes)
+        results: list[Node] = []
+        for node, kind in described:
+            results.extend([self.map[i] for i in node.args[:2]] if kind == "matmul" else [self.map[node]])  # type: ignore[index]
+        self.graph.output(tuple(results))
+        self.graph.lint()
+        made = tuple(self._describe(node, kind) for node, kind in described)
+        spec = {
+            "body": self.graph.python_code("self").src,
+            "inputs": [{"slice": self._slicing(self.axes.dims(n)), "dims": self.dims(n)} for n in boundary],
+            "outputs": [
+                {
+                    "kind": o.kind,
+                    "dims": o.dims,
+                    "dtype": str(o.accumulate).removeprefix("torch."),
+                    "order": o.order,
+                    "slice": self._slicing(self.axes.dims(o.node)) if o.kind == "split" else None,
+                }
+                for o in made
+            ],
+        }
+        return Body(
+            spec=json.dumps(spec, separators=(",", ":")),
+            graph=self.graph,
+            inputs=tuple(boundary),
+            outputs=made,
+            axes=tuple(self.index),
+            nodes=tuple(self.nodes),
+        )
+
+    def _slicing(self, dims: Dims) -> list[object] | None:
+        """[dim, factors, position]: the dim that holds the loop axis, its factors, and where among them the axis is."""
+        for dim, product in enumerate(dims):
+            if self.axis in product:
+                return [dim, list(self.product(product)), product.index(self.axis)]
+        return None
+
+    def _describe(self, node: Node, kind: OutputKind) -> BodyOutput:
+        value = node.meta["val"]
+        accumulate: torch.dtype = value.dtype
+        if kind != "split" and value.dtype in (torch.bfloat16, torch.float16):
+            accumulate = torch.float32
+        strides = [int(s) if isinstance(s, int) else s.node.hint for s in value.stride()]
+        order = tuple(range(value.dim()))
+        if kind == "split":
+            order = tuple(sorted(order, key=lambda d: (-strides[d], d)))
+        return BodyOutput(node, kind, self.dims(node), value.dtype, accumulate, order)
+
+
+def build_body(
+    outputs: Sequence[Node],
+    *,
+    axes: Axes,
+    axis: int,
+    inside: frozenset[Node],
+    tangent: set[Node],
+    seed: Node,
+) -> Body:
+    """The body that makes `outputs`, each split along `axis` or a sum over it.
+
+    Raises:
+        BodyError: a size that only run time knows is read inside, or a boundary input has the axis twice.
+    """
+    narrow = nbytes(seed.meta.get("val")) / _NARROW
+    return _BodyBuilder(axes, axis, inside, tangent, narrow).build(outputs)
+
+
+def sizes_of(body: Body, axes: Axes) -> list[Size]:
+    """The sizes of the body's axes, the loop axis first."""
+    return [axes.table.sizes[a] for a in body.axes]

@@ -1,0 +1,221 @@
+"""Who is alive when: bytes of every tensor over the schedule, and where the peak is.
+
+Terms
+    schedule      the nodes in graph order, forward before backward.
+    storage       what a view shares with its base; views have no bytes of their own.
+    fused value   the value of a pointwise op: a code generator computes it where it is read, so it has bytes only where
+                  something reads it that cannot be fused into (a matrix product, an attention kernel, an output).
+    saved value   a forward value that lives until the backward reads it.
+
+Algorithm
+    1. Nodes that tangent-free outputs need run forward, the others backward.
+    2. A fused value is real, once per phase, when a non-fusible op or an output reads it in that phase.
+    3. A forward value that the backward reads is saved, or, if fused and all it is made from is saved anyhow, made
+       again (what AOTAutograd's partitioner decides with a min-cut, by a rule of thumb here).
+    4. A buffer lives from its maker to its last reader; bytes are summed per step.
+
+The partitioner and Inductor's scheduler have the last word on both, so figures are estimates; tests hold them against
+measured peaks. Not handled: buffers that a kernel library allocates inside an op; padding of the allocator.
+
+Source: `torch._functorch.partitioners.min_cut_rematerialization_partition`, `torch._inductor.memory`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch.fx import Graph, Node
+
+from passes import rules
+from passes.records import Buffer, Liveness, Phase
+from passes.source import nbytes, op_name, source_of
+
+_NEGLIGIBLE = 32  # a source this many times smaller than the value is never worth a decision
+
+
+def output_nodes(graph: Graph) -> list[Node]:
+    """The tensors that the graph returns, without None."""
+    (output,) = graph.find_nodes(op="output")
+    found: list[Node] = []
+    torch.fx.map_arg(output.args[0], found.append)
+    return found
+
+
+def tangent_nodes(graph: Graph) -> set[Node]:
+    """The nodes that depend on a tangent (the backward's own inputs)."""
+    reached: set[Node] = set()
+    for node in graph.nodes:
+        if node.op == "output":
+            continue
+        if node.op == "placeholder":
+            if str(node.target).startswith("tangents"):
+                reached.add(node)
+        elif any(i in reached for i in node.all_input_nodes):
+            reached.add(node)
+    return reached
+
+
+def phases(graph: Graph) -> dict[Node, Phase]:
+    """When every node runs: forward if an output without tangents needs it."""
+    tangent = tangent_nodes(graph)
+    if not tangent:
+        return dict.fromkeys(graph.nodes, "forward")
+    needed: set[Node] = set()
+    stack = [n for n in output_nodes(graph) if n not in tangent]
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    return {n: "forward" if n in needed else "backward" for n in graph.nodes}
+
+
+def is_fusible(node: Node) -> bool:
+    return node.op == "call_function" and (rules.is_pointwise(node) or rules.is_creation(node))
+
+
+class _Builder:
+    def __init__(self, graph: Graph, transient: Callable[[Node], int]) -> None:
+        self.graph = graph
+        self.order = {n: i for i, n in enumerate(graph.nodes)}
+        self.phase = phases(graph)
+        self.transient = transient
+        self.outputs = set(output_nodes(graph))
+        self.uses: dict[tuple[Node, Phase], tuple[int, int]] = {}  # (value, phase made) -> first, last step
+        self.saved: set[Node] = set()
+
+    def root(self, node: Node) -> Node:
+        """The node whose storage this value is in."""
+        while node.op == "call_function" and rules.is_view(node) and node.all_input_nodes:
+            node = node.all_input_nodes[0]
+        return node
+
+    def readers(self, node: Node) -> Iterable[Node]:
+        """Who reads the value, through views."""
+        for user in node.users:
+            if user.op == "call_function" and rules.is_view(user):
+                yield from self.readers(user)
+                if user in self.outputs:
+                    yield from (u for u in user.users if u.op == "output")
+            else:
+                yield user
+
+    def sources(self, node: Node, phase: Phase) -> set[Node]:
+        """The values in memory that a fused value is computed from, in one phase."""
+        found: set[Node] = set()
+        seen: set[Node] = set()
+        stack = list(node.all_input_nodes)
+        while stack:
+            root = self.root(stack.pop())
+            if root in seen:
+                continue
+            seen.add(root)
+            if not is_fusible(root) or root in self.saved:
+                found.add(root)
+            elif (root, phase) in self.uses and self.phase[root] == phase:
+                found.add(root)
+            else:
+                stack.extend(root.all_input_nodes)
+        return found
+
+    def touch(self, node: Node, phase: Phase, step: int) -> None:
+        if node.op == "placeholder" or not isinstance(node.meta.get("val"), torch.Tensor):
+            return
+        made = self.phase[node] if (not is_fusible(node) or node in self.saved) else phase
+        born = self.order[node] if made == self.phase[node] else step
+        first, last = self.uses.get((node, made), (born, born))
+        self.uses[(node, made)] = (min(first, step, born), max(last, step))
+
+    def decide_saved(self) -> None:
+        """Forward values that stay in memory until the backward (step 3 of the algorithm)."""
+        for node in self.graph.nodes:
+            if node.op != "call_function" or self.phase[node] != "forward" or rules.is_view(node):
+                continue
+            if all(self.phase[r] == "forward" or r.op == "output" for r in self.readers(node)):
+                continue
+            if is_fusible(node):
+                size = nbytes(node.meta.get("val"))
+                rest = [
+                    s
+                    for s in self.sources(node, "forward")
+                    if s not in self.saved and s.op != "placeholder" and nbytes(s.meta.get("val")) * _NEGLIGIBLE > size
+                ]
+                if not rest:
+                    continue
+            self.saved.add(node)
+
+    def run(self) -> Liveness:
+        self.decide_saved()
+        for node in self.graph.nodes:
+            step = self.order[node]
+            if node.op == "output" or (node.op == "call_function" and rules.is_view(node)):
+                continue
+            if node.op == "call_function":
+                if not is_fusible(node):
+                    self.touch(node, self.phase[node], step)
+                    for operand in map(self.root, node.all_input_nodes):
+                        self.read(operand, self.phase[node], step, real=not rules.is_reduction(node))
+                elif node in self.saved:
+                    self.touch(node, "forward", step)
+                    self.read(node, "forward", step, real=False)
+                elif self.phase[node] == "backward":
+                    pass  # read where it is used
+        last = len(self.order) - 1
+        for node in self.outputs:
+            root = self.root(node)
+            if root.op != "placeholder":
+                phase = self.phase[root]
+                self.read(root, phase, self.order[root], real=True)
+                self.touch(root, phase, last)
+        return self.finish()
+
+    def read(self, value: Node, phase: Phase, step: int, *, real: bool) -> None:
+        """`value` is read at `step`: itself if it is in memory (or must be), else what it is made from."""
+        if not is_fusible(value):
+            self.touch(value, phase, step)
+            return
+        if value in self.saved and step != self.order[value]:
+            self.touch(value, "forward", step)
+            return
+        if real:
+            self.touch(value, phase, step)
+        for source in self.sources(value, phase):
+            self.touch(source, phase, step)
+
+    def finish(self) -> Liveness:
+        buffers: list[Buffer] = []
+        for (node, _), (first, last) in self.uses.items():
+            size = nbytes(node.meta["val"])
+            if size:
+                buffers.append(Buffer(node.name, op_name(node), size, first, last, source_of(node)))
+        buffers.sort(key=lambda b: (b.born, b.node))
+        delta = [0] * (len(self.order) + 1)
+        for b in buffers:
+            delta[b.born] += b.nbytes
+            delta[b.dies + 1] -= b.nbytes
+        live: list[int] = []
+        total = 0
+        for step, node in enumerate(self.order):
+            total += delta[step]
+            live.append(total + self.transient(node))
+        tangent = tangent_nodes(self.graph)
+        roots = {self.root(n) for n in self.outputs}
+        made = [n for n in roots if n.op != "placeholder"]
+        return Liveness(
+            buffers=tuple(buffers),
+            steps=tuple(n.name for n in self.order),
+            live_bytes=tuple(live),
+            output_bytes=sum(nbytes(n.meta.get("val")) for n in made),
+            gradient_bytes=sum(nbytes(n.meta.get("val")) for n in made if n in tangent),
+        )
+
+
+def analyze_liveness(graph: Graph, transient: Callable[[Node], int] = lambda node: 0) -> Liveness:
+    """Bytes alive at every step of a joint (or inference) graph.
+
+    Args:
+        graph: a functional aten graph with fake values in ``meta["val"]``.
+        transient: bytes that a node needs while it runs, beside its inputs and outputs (a loop's body).
+    """
+    return _Builder(graph, transient).run()

@@ -1,0 +1,134 @@
+"""How a region can run: recompute, gradient-in-forward, or forward only.
+
+recompute            the forward loop makes the region's values, the backward loop makes them again, chunk by chunk.
+gradient-in-forward  when the only tangent that reaches the region is one scalar (a loss), forward and backward part run in
+                     one loop, with the tangent set to one; the backward multiplies by it. Nothing is computed twice.
+forward-only         an inference graph.
+
+Gradient-in-forward needs a proof that every gradient is linear in the tangent (`passes.linear`). The tangent's own way
+to the region (a division by the number of labels) is walked in the forward with a one in its place, so that with the
+usual ``loss.backward()``, whose tangent is one, the numbers are those of the unchunked graph and the final product is
+exact.
+
+Source: gradient-in-forward is what fused linear-cross-entropy kernels do (Liger Kernel, Hsu et al. 2024); here it is
+found and proven per graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from passes.axes import Axes
+from passes.body import Body, build_body
+from passes.linear import is_linear_in
+from passes.records import Mode, Region
+from passes.source import hint
+
+
+@dataclass(frozen=True)
+class Bodies:
+    """The loops of one region. `forward` is None when nothing outside reads a forward value."""
+
+    mode: Mode
+    forward: Body | None
+    backward: Body | None  # None but for recompute
+    tangent: Node | None = None  # gradient-in-forward: the scalar tangent to multiply by
+    chain: tuple[Node, ...] = ()  # gradient-in-forward: scalars between the tangent and the region, in order
+
+
+def region_outputs(region: Region, tangent: set[Node]) -> tuple[list[Node], list[Node]]:
+    """The values that outside nodes read, forward and backward, in graph order."""
+    nodes = region.nodes
+    leaving = [n for n in nodes if any(u not in nodes for u in n.users)]
+    order = {n: i for i, n in enumerate(next(iter(nodes)).graph.nodes)}
+    leaving.sort(key=order.__getitem__)
+    return [n for n in leaving if n not in tangent], [n for n in leaving if n in tangent]
+
+
+def _scalar_chain(sources: list[Node], tangent: set[Node]) -> tuple[Node, tuple[Node, ...]] | None:
+    """The one scalar tangent behind `sources`, and the scalars on the way, or None."""
+    chain: list[Node] = []
+    roots: set[Node] = set()
+    seen: set[Node] = set()
+
+    def visit(node: Node) -> bool:
+        if node in seen or node not in tangent:
+            return True
+        seen.add(node)
+        value = node.meta.get("val")
+        if getattr(value, "numel", lambda: 0)() != 1:
+            return False
+        if node.op == "placeholder":
+            roots.add(node)
+            return True
+        if not all(visit(i) for i in node.all_input_nodes):
+            return False
+        chain.append(node)
+        return True
+
+    if not all(visit(s) for s in sources) or len(roots) != 1:
+        return None
+    return roots.pop(), tuple(chain)
+
+
+def _depends_on(nodes: list[Node], made: set[Node]) -> bool:
+    seen: set[Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node in made:
+            return True
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return False
+
+
+def gradient_in_forward(region: Region, axes: Axes, tangent: set[Node]) -> Bodies | None:
+    """One loop for both directions, or None when it cannot be proven right."""
+    if not region.backward:
+        return None
+    forward, backward = region_outputs(region, tangent)
+    body = build_body(
+        [*forward, *backward],
+        axes=axes,
+        axis=region.axis,
+        inside=region.nodes,
+        tangent=tangent,
+        seed=region.seed,
+    )
+    sources = [n for n in body.inputs if n in tangent]
+    found = _scalar_chain(sources, tangent)
+    if found is None:
+        return None
+    root, chain = found
+    if any(hint(s) is None for s in getattr(root.meta["val"], "shape", ())):
+        return None
+    made = set(forward)
+    others = [n for n in body.inputs if n not in tangent]
+    side = [i for n in chain for i in n.all_input_nodes if i not in tangent]
+    if _depends_on(others + side, made):
+        return None  # a loop cannot read what it makes
+    if not is_linear_in(root, [*chain, *body.nodes, *(o.node for o in body.outputs if o.kind == "matmul")]):
+        return None
+    return Bodies("gradient-in-forward", body, None, root, chain)
+
+
+def recompute(region: Region, axes: Axes, tangent: set[Node]) -> Bodies:
+    """Two loops; the backward's body computes again what it needs of the forward."""
+    forward, backward = region_outputs(region, tangent)
+
+    def body(outputs: list[Node], inside: frozenset[Node]) -> Body | None:
+        if not outputs:
+            return None
+        return build_body(
+            outputs, axes=axes, axis=region.axis, inside=inside, tangent=tangent, seed=region.seed
+        )
+
+    return Bodies(
+        "recompute" if region.backward else "forward-only",
+        body(forward, region.forward),
+        body(backward, region.nodes),
+    )

@@ -1,0 +1,234 @@
+"""Which regions become loops, in which mode, and how large their chunks are.
+
+Algorithm
+    1. Predict memory over the step (`passes.liveness`). If the peak is below `min_peak_bytes`, nothing is done.
+    2. Choose every region with values alive at the peak; rewrite; predict again; repeat until no further region stands at the
+       peak. A region that is off the peak is left alone, so short sequences run untouched.
+    3. Gradient-in-forward where it can be proven (`passes.modes`), recompute otherwise.
+    4. Chunk size: as large as adds at most `TRANSIENT_SHARE` to what is left at the peak without any chunk alive, and never
+       below the rows at which matrix units are still busy (`min_rows`). The number of chunks is rounded so that
+       chunks are equal where a divisor is near.
+    5. Keep the plan only if the predicted peak falls by at least `MIN_GAIN`.
+
+Chunk sizes are in positions of the loop axis; `min_rows` is in rows of the matrix products (tokens of all sequences).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from torch.fx import Graph, Node
+
+from passes.axes import Axes
+from passes.body import Body, BodyError
+from passes.chunk import ChunkedGraph, chunk_graph, mutated_inputs
+from passes.liveness import analyze_liveness, tangent_nodes
+from passes.modes import Bodies, gradient_in_forward, recompute
+from passes.records import Liveness, LoopPlan, Plan, Refusal, Region
+from passes.source import hint, nbytes, op_name, source_of
+
+TRANSIENT_SHARE = 0.10  # of the peak that stays, how much a chunk may add
+MIN_GAIN = 0.05  # of the predicted peak, below which the graph is left alone
+AT_PEAK = 0.02  # of the peak, below which a region counts as off it
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What the planner is asked for."""
+
+    min_rows: int  # rows (tokens) per chunk at which matrix products are still efficient on the device
+    min_peak_bytes: int  # predicted peak below which a graph is left untouched
+    chunk_rows: int | None = None  # rows per chunk, instead of the planner's choice
+    gradient_in_forward: bool = True  # False: always recompute
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan and the graph that carries it out; `chunked` is None when the graph is left untouched."""
+
+    plan: Plan
+    chunked: ChunkedGraph | None
+
+
+def _rows_per_position(region: Region) -> int:
+    """Rows of the seed's matrix for one position of the loop axis."""
+    value = region.seed.meta["val"]
+    columns = hint(value.shape[-1]) or 1 if value.dim() else 1
+    total = nbytes(value) // value.element_size()
+    return max(1, total // max(1, columns) // region.length)
+
+
+def _divide_evenly(length: int, num_chunks: int) -> int:
+    """A chunk size for about `num_chunks` chunks; equal chunks when up to a half more of them would be."""
+    for count in range(num_chunks, num_chunks + num_chunks // 2 + 1):
+        if length % count == 0:
+            return length // count
+    return math.ceil(length / num_chunks)
+
+
+class _Planner:
+    def __init__(
+        self,
+        graph: Graph,
+        axes: Axes,
+        regions: list[Region],
+        refusals: list[Refusal],
+        options: PlanOptions,
+        loop_op: Callable[..., object],
+        lowering: str,
+    ) -> None:
+        self.graph, self.axes, self.regions = graph, axes, regions
+        self.refusals = list(refusals)
+        self.options = options
+        self.loop_op, self.lowering = loop_op, lowering
+        self.tangent = tangent_nodes(graph)
+        self.mutated = mutated_inputs(graph)
+        self.bodies: dict[Region, Bodies] = {}
+
+    def run(self) -> Planned:
+        before = analyze_liveness(self.graph)
+        start = before.peak_bytes - before.gradient_bytes
+        if before.peak_bytes < self.options.min_peak_bytes:
+            return self.untouched(before, start)
+        chosen: dict[LoopPlan, Bodies] = {}
+        chunked: ChunkedGraph | None = None
+        now, rest = before, list(self.regions)
+        while True:
+            at_peak = self.on_peak(now, rest)
+            rest = [r for r in rest if r not in at_peak]
+            planned = [p for p in map(self.prepare, at_peak) if p is not None]
+            if not planned:
+                break
+            chosen.update(planned)
+            chunked, now = self.rewrite(chosen)
+            sized = {self.resize(p, b, now): b for p, b in chosen.items()}
+            chosen = {p: b for p, b in sized.items() if p.num_chunks > 1}
+            if not chosen:
+                chunked, now = None, before
+                continue
+            chunked, now = self.rewrite(chosen, with_transient=True)
+        after = now.peak_bytes - now.gradient_bytes
+        if chunked is None or now.peak_bytes > (1 - MIN_GAIN) * before.peak_bytes:
+            return self.untouched(before, start)
+        plan = Plan(tuple(chosen), self.relevant(before), start, after, before, now)
+        return Planned(plan, chunked)
+
+    def untouched(self, before: Liveness, start: int) -> Planned:
+        return Planned(Plan((), self.relevant(before), start, start, before, before), None)
+
+    def relevant(self, before: Liveness) -> tuple[Refusal, ...]:
+        """Refusals large enough to matter; equal ones once."""
+        limit = AT_PEAK * before.peak_bytes
+        kept = {(r.subject, r.reason, r.source): r for r in self.refusals if r.nbytes >= limit}
+        return tuple(sorted(kept.values(), key=lambda r: -r.nbytes))
+
+    def on_peak(self, now: Liveness, regions: list[Region]) -> list[Region]:
+        alive: dict[str, int] = {}
+        for buffer in now.at(now.peak_step):
+            alive[buffer.node] = alive.get(buffer.node, 0) + buffer.nbytes
+        found: list[Region] = []
+        for region in regions:
+            if sum(alive.get(n.name, 0) for n in region.nodes) >= AT_PEAK * now.peak_bytes:
+                found.append(region)
+        return found
+
+    def prepare(self, region: Region) -> tuple[LoopPlan, Bodies] | None:
+        """The bodies of a region, or a refusal."""
+        try:
+            bodies = None
+            if self.options.gradient_in_forward:
+                bodies = gradient_in_forward(region, self.axes, self.tangent)
+            bodies = bodies or recompute(region, self.axes, self.tangent)
+        except BodyError as error:
+            self.refuse(region, str(error))
+            return None
+        for body in (bodies.forward, bodies.backward):
+            written = [n for n in (body.inputs if body else ()) if n in self.mutated]
+            if written:
+                self.refuse(region, f"its input {written[0].name} is changed in place by the model")
+                return None
+        return LoopPlan(region, bodies.mode, region.length, 1), bodies
+
+    def refuse(self, region: Region, reason: str) -> None:
+        self.refusals.append(
+            Refusal(op_name(region.seed), reason, source_of(region.seed), region.inside_bytes)
+        )
+
+    def resize(self, plan: LoopPlan, bodies: Bodies, floor: Liveness) -> LoopPlan:
+        region = plan.region
+        per_row = _rows_per_position(region)
+        if self.options.chunk_rows is not None:
+            wanted = max(1, self.options.chunk_rows // per_row)
+        else:
+            wanted = max(1, self.options.min_rows // per_row)
+            room = TRANSIENT_SHARE * floor.peak_bytes
+            per_position = max(
+                body_bytes(b, self.axes, region) / region.length for b in (bodies.forward, bodies.backward) if b
+            )
+            wanted = max(wanted, int(room / max(per_position, 1e-9)))
+        num_chunks = max(1, math.ceil(region.length / wanted))
+        if self.options.chunk_rows is None:
+            chunk = _divide_evenly(region.length, num_chunks)
+        else:
+            chunk = min(wanted, region.length)
+        return replace(plan, chunk=chunk, num_chunks=math.ceil(region.length / chunk))
+
+    def rewrite(
+        self, chosen: Mapping[LoopPlan, Bodies], *, with_transient: bool = False
+    ) -> tuple[ChunkedGraph, Liveness]:
+        chunked = chunk_graph(self.graph, self.axes, chosen, self.loop_op, self.lowering)
+        extra: dict[Node, int] = {}
+        if with_transient:
+            for loop in chunked.loops:
+                share = loop.plan.chunk / loop.plan.region.length
+                extra[loop.node] = int(share * body_bytes(loop.body, self.axes, loop.plan.region))
+        return chunked, analyze_liveness(chunked.graph, lambda n: extra.get(n, 0))
+
+
+def body_bytes(body: Body, axes: Axes, region: Region) -> int:
+    """Bytes that a body needs for the whole axis at once, its inputs not counted; a chunk needs its share."""
+    members = set(body.nodes)
+    graph = Graph()
+    map_: dict[Node, Node] = {}
+
+    def look(node: Node) -> Node:
+        if node not in map_:
+            stand_in = graph.placeholder(node.name)
+            stand_in.meta = dict(node.meta)
+            map_[node] = stand_in
+        return map_[node]
+
+    for node in body.inputs:
+        look(node)
+    for node in body.nodes:
+        for i in node.all_input_nodes:
+            if i not in members:
+                look(i)  # the sizes of views
+    for node in body.nodes:
+        map_[node] = graph.node_copy(node, look)
+    results = [
+        i
+        for o in body.outputs
+        for i in (o.node.all_input_nodes if o.kind == "matmul" else (o.node,))
+        if o.kind != "sum"
+    ]
+    graph.output(tuple(look(r) for r in results))
+    return analyze_liveness(graph).peak_bytes
+
+
+def make_plan(
+    graph: Graph,
+    axes: Axes,
+    regions: list[Region],
+    refusals: list[Refusal],
+    options: PlanOptions,
+    *,
+    loop_op: Callable[..., object],
+    lowering: str,
+) -> Planned:
+    """Choose regions, modes and chunk sizes for a graph, and rewrite it."""
+    return _Planner(graph, axes, regions, refusals, options, loop_op, lowering).run()
+
+

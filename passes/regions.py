@@ -1,0 +1,344 @@
+"""Convex sets of nodes with a large inside and a small boundary, forward and backward side together.
+
+Terms
+    loop axis     the axis along which a region would run in chunks.
+    width         bytes of a value per position of the loop axis.
+    seed          a node that is wider than all that it is made from: a projection to the vocabulary, the up-projection
+                  of an MLP.
+    wide          wider than what the seed is made from.
+    convex        no path leaves the forward (or the backward) part and enters it again, so the part can run as one step.
+
+Algorithm, for every seed, widest first, and every axis of it, fewest weights first
+    1. Flood from the seed through wide nodes that are split along the axis, forward and backward nodes alike.
+    2. Add the consumers of wide nodes: where values get small again, or become sums over the axis (*partial*).
+    3. Close the forward and the backward part under paths. A node on such a path that cannot be split cuts the region: what
+       depends on it leaves, and the cut is remembered as a refusal.
+    4. Absorb consumers while the bytes that leave shrink (two gradients that are added leave as one).
+    5. Keep the region if what is inside is larger than what leaves.
+
+Every node of a region is parallel along the axis, or a sum over it whose result nobody inside reads. By induction over the
+nodes, the loop's slices are the slices of the unchunked values, and its partials add up to the unchunked sums.
+
+Not handled: values that need a whole reduction over the axis and are then used per position again (normalisation over
+tokens); regions inside regions; two loop axes at once.
+
+Source: Mini-Sequence Transformer (Luo et al., NeurIPS 2024) for the two cases that matter most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import networkx as nx
+import torch
+from torch.fx import Graph, Node
+
+from passes import rules
+from passes.axes import Axes
+from passes.liveness import output_nodes, tangent_nodes
+from passes.records import Refusal, Region
+from passes.source import hint, nbytes, op_name, source_of
+
+AMPLIFY = 1.25  # a seed is at least this much wider than what it is made from
+_LOOKAHEAD = 8  # nodes that may be absorbed together because the last of them makes the output smaller
+
+
+def _dataflow(graph: Graph) -> nx.DiGraph[Node]:
+    flow: nx.DiGraph[Node] = nx.DiGraph()
+    for node in graph.nodes:
+        if node.op != "output":
+            flow.add_node(node)
+            flow.add_edges_from((i, node) for i in node.all_input_nodes)
+    return flow
+
+
+@dataclass
+class _Split:
+    """The state of all nodes along one loop axis."""
+
+    axes: Axes
+    axis: int
+    length: int
+
+    def status(self, node: Node) -> str:
+        """``whole`` (does not touch the axis), ``split``, ``partial``, or why it cannot be chunked."""
+        role = self.axes.role(node, self.axis)
+        if role == "absent":
+            return "whole"
+        if self.axes.is_opaque(node):
+            return f"{op_name(node)} has no rule for the loop axis"
+        if role == "entangled":
+            return f"{op_name(node)} mixes positions of the loop axis"
+        if any(self.axes.axes(i).count(self.axis) > 1 for i in node.all_input_nodes):
+            return f"{op_name(node)} reads a tensor that has the loop axis twice"
+        count = self.axes.axes(node).count(self.axis)
+        if role == "sum":
+            return "partial" if count == 0 else f"{op_name(node)} sums over the loop axis and keeps it"
+        if count != len([d for d in self.axes.output_dims(node) if d is not None]):
+            return f"{op_name(node)} drops the loop axis, or has it twice"
+        return "split"
+
+    def is_split(self, node: Node) -> bool:
+        if node.op == "placeholder":
+            return self.axes.axes(node).count(self.axis) == 1
+        return node.op == "call_function" and self.status(node) == "split"
+
+    def width(self, node: Node) -> float:
+        return nbytes(node.meta.get("val")) / self.length
+
+
+class RegionFinder:
+    """Finds the regions of one graph; `find` gives them in order of size, and what was refused on the way."""
+
+    def __init__(self, graph: Graph, axes: Axes, min_bytes: int) -> None:
+        self.graph = graph
+        self.axes = axes
+        self.min_bytes = min_bytes
+        self.order = {n: i for i, n in enumerate(graph.nodes)}
+        self.flow = _dataflow(graph)
+        self.tangent = tangent_nodes(graph)
+        self.outputs = set(output_nodes(graph))
+        self.taken: set[Node] = set()
+        self.refusals: list[Refusal] = []
+        self.weights: dict[int, int] = {}  # axis -> how many float inputs have it
+        for node in graph.find_nodes(op="placeholder"):
+            value = node.meta.get("val")
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and node not in self.tangent:
+                for axis in set(axes.axes(node)):
+                    self.weights[axis] = self.weights.get(axis, 0) + 1
+
+    def find(self) -> tuple[list[Region], list[Refusal]]:
+        regions: list[Region] = []
+        candidates = [n for n in self.graph.nodes if n.op == "call_function" and self._may_seed(n)]
+        for seed in sorted(candidates, key=lambda n: -nbytes(n.meta["val"])):
+            if seed in self.taken:
+                continue
+            region = self._region_of(seed)
+            if region is not None:
+                regions.append(region)
+                self.taken |= region.nodes
+        regions.sort(key=lambda r: -r.inside_bytes)
+        return regions, self.refusals
+
+    def _may_seed(self, node: Node) -> bool:
+        return nbytes(node.meta.get("val")) >= self.min_bytes and not rules.is_view(node)
+
+    def _region_of(self, seed: Node) -> Region | None:
+        failure: Refusal | None = None
+        sizes = self.axes.table.sizes
+        own = [a for a in dict.fromkeys(self.axes.axes(seed)) if (self._length(a) or 0) > 1]
+        for axis in sorted(own, key=lambda a: (self.weights.get(a, 0), -(self._length(a) or 0))):
+            length = self._length(axis)
+            assert length is not None, sizes[axis]
+            split = _Split(self.axes, axis, length)
+            base = sum(split.width(i) for i in seed.all_input_nodes if split.is_split(i))
+            if not split.is_split(seed) or base == 0 or split.width(seed) < AMPLIFY * base:
+                continue
+            attempt = self._grow(seed, split, AMPLIFY * base)
+            if isinstance(attempt, Region):
+                return attempt
+            failure = failure or attempt
+        if failure is not None:
+            self.refusals.append(failure)
+        return None
+
+    def _length(self, axis: int) -> int | None:
+        size = self.axes.table.sizes[axis]
+        if isinstance(size, int):
+            return size
+        for node in self.graph.find_nodes(op="placeholder"):  # a symbol's hint hangs on the SymInts that carry it
+            value = node.meta.get("val")
+            for candidate in (value.shape if isinstance(value, torch.Tensor) else (value,)):
+                if isinstance(candidate, torch.SymInt):
+                    env = candidate.node.shape_env
+                    found = env.size_hint(size) if hasattr(env, "size_hint") else None
+                    if found is None:
+                        found = size.xreplace(dict(env.backed_var_to_val))
+                    return hint(int(found)) if getattr(found, "is_number", True) else None
+        return None
+
+    def _grow(self, seed: Node, split: _Split, threshold: float) -> Region | Refusal:
+        wide = self._flood(seed, split, threshold)
+        region = set(wide)
+        for node in wide:
+            region |= {u for u in node.users if u.op == "call_function" and self._joins(u, split)}
+        obstacle = self._close(region, split)
+        self._drop_unconnected(region, seed)
+        if seed not in region:
+            assert obstacle is not None
+            return self._refuse(seed, obstacle, split)
+        self._absorb(region, split)
+        inside = sum(nbytes(n.meta["val"]) for n in region if self._is_inside(n, region, split))
+        leaving = [n for n in region if self._leaves(n, region) and split.is_split(n)]
+        out = sum(nbytes(n.meta["val"]) for n in leaving)
+        if inside <= out or inside < self.min_bytes:
+            return self._refuse(seed, obstacle or self._outlet(leaving, region, split), split)
+        return Region(
+            axis=split.axis,
+            length=split.length,
+            forward=frozenset(n for n in region if n not in self.tangent),
+            backward=frozenset(n for n in region if n in self.tangent),
+            seed=seed,
+            inside_bytes=inside,
+        )
+
+    def _flood(self, seed: Node, split: _Split, threshold: float) -> set[Node]:
+        wide: set[Node] = set()
+        stack = [seed]
+        while stack:
+            node = stack.pop()
+            if node in wide or node.op != "call_function" or node in self.taken:
+                continue
+            if not split.is_split(node) or split.width(node) < threshold:
+                continue
+            wide.add(node)
+            stack.extend(node.all_input_nodes)
+            stack.extend(node.users)
+        return wide
+
+    def _joins(self, node: Node, split: _Split) -> bool:
+        return node not in self.taken and split.status(node) in ("split", "partial")
+
+    def _between(self, part: set[Node]) -> set[Node]:
+        """Nodes outside `part`, of the same side of the tangents, on a path from it to itself."""
+        if not part:
+            return set()
+        low, high = min(self.order[n] for n in part), max(self.order[n] for n in part)
+        side = next(iter(part)) in self.tangent
+
+        def reach(step: Callable[[Node], Iterable[Node]]) -> set[Node]:
+            seen: set[Node] = set()
+            stack = [m for n in part for m in step(n)]
+            while stack:
+                node = stack.pop()
+                if node not in seen and low <= self.order[node] <= high and (node in self.tangent) == side:
+                    seen.add(node)
+                    stack.extend(step(node))
+            return seen
+
+        after = reach(self.flow.successors)
+        before = reach(self.flow.predecessors)
+        return (after & before) - part
+
+    def _close(self, region: set[Node], split: _Split) -> Node | None:
+        """Make both parts convex in place; the node that cut the region, if one did."""
+        obstacle: Node | None = None
+        while True:
+            forward = {n for n in region if n not in self.tangent}
+            missing = self._between(forward) | self._between(region - forward)
+            for part in (n for n in region if split.status(n) == "partial"):
+                # a sum over the axis is complete only after the loop: nobody inside may read it
+                missing |= {u for u in part.users if u in region}
+            if not missing:
+                return obstacle
+            bad = [n for n in missing if n in region or n in self.taken or split.status(n) != "split"]
+            if not bad:
+                region |= missing
+                continue
+            first = min(bad, key=self.order.__getitem__)
+            obstacle = obstacle or first
+            late = {first, *nx.descendants(self.flow, first)}
+            if not region & late:
+                raise AssertionError(f"{first} lies between nodes of a region and none depends on it")
+            region -= late
+
+    def _drop_unconnected(self, region: set[Node], seed: Node) -> None:
+        """After a cut, keep what still hangs together with the seed."""
+        if seed not in region:
+            return
+        kept: set[Node] = set()
+        stack = [seed]
+        while stack:
+            node = stack.pop()
+            if node in region and node not in kept:
+                kept.add(node)
+                stack.extend(node.all_input_nodes)
+                stack.extend(node.users)
+        region &= kept
+
+    def _leaves(self, node: Node, region: set[Node]) -> bool:
+        return any(u not in region for u in node.users)
+
+    def _is_inside(self, node: Node, region: set[Node], split: _Split) -> bool:
+        """Whether the value is in memory without the loop and not with it: no view, no fused value, not leaving."""
+        if not split.is_split(node) or rules.is_view(node) or self._leaves(node, region):
+            return False
+        if not (rules.is_pointwise(node) or rules.is_creation(node)):
+            return True
+        readers = list(node.users)
+        while any(rules.is_view(r) for r in readers):
+            readers = [u for r in readers for u in (r.users if rules.is_view(r) else (r,))]
+        return any(rules.is_matmul(r) for r in readers)
+
+    def _absorb(self, region: set[Node], split: _Split) -> None:
+        """Take in consumers of what leaves while fewer bytes leave for it."""
+
+        def boundary(nodes: set[Node]) -> float:
+            leaving = sum(split.width(n) for n in nodes if split.is_split(n) and self._leaves(n, nodes))
+            entering = {i for n in nodes for i in n.all_input_nodes if i not in nodes and split.is_split(i)}
+            return leaving + sum(split.width(i) for i in entering if not rules.is_creation(i))
+
+        improved = True
+        while improved:
+            improved = False
+            leaving = [n for n in region if split.is_split(n) and self._leaves(n, region)]
+            for start in sorted(leaving, key=self.order.__getitem__):
+                before = boundary(region)
+                grown, front = set(region), [start]
+                for _ in range(_LOOKAHEAD):
+                    consumers = [u for n in front for u in n.users if u not in grown and u.op == "call_function"]
+                    same_side = all((u in self.tangent) == (start in self.tangent) for u in consumers)
+                    if not consumers or not same_side or not all(self._joins(u, split) for u in consumers):
+                        break
+                    if any(rules.is_matmul(u) for u in consumers):
+                        break  # absorbing is for what a code generator fuses, not for the next layer
+                    grown |= set(consumers)
+                    front = [u for u in consumers if split.is_split(u)]
+                    if boundary(grown) < before:
+                        trial = set(grown)
+                        if self._close(trial, split) is None and boundary(trial) < before:
+                            region |= trial
+                            improved = True
+                            break
+                if improved:
+                    break
+
+    def _outlet(self, leaving: list[Node], region: set[Node], split: _Split) -> Node:
+        """The outside reader that keeps the largest value from staying inside."""
+        for node in sorted(leaving, key=lambda n: -nbytes(n.meta["val"])):
+            outside = [u for u in node.users if u not in region]
+            named = [u for u in outside if u.op == "call_function" and split.status(u) != "split"]
+            if named or outside:
+                return (named or outside)[0]
+        return next(iter(region))
+
+    def _refuse(self, seed: Node, obstacle: Node, split: _Split) -> Refusal:
+        status = split.status(obstacle) if obstacle.op == "call_function" else "split"
+        if obstacle.op == "output":
+            reason = "its value is an output of the graph, so it has to exist as a whole"
+        elif obstacle in self.taken:
+            reason = f"{op_name(obstacle)} already belongs to another region"
+        elif status in ("split", "partial", "whole"):
+            reason = f"what leaves through {op_name(obstacle)} is as large as what a loop would keep inside"
+        else:
+            reason = status
+        return Refusal(
+            subject=op_name(seed),
+            reason=f"{reason} (needed by {op_name(obstacle)} at {source_of(obstacle) or 'an op without source'})"
+            if obstacle.op == "call_function" and source_of(obstacle) != source_of(seed)
+            else reason,
+            source=source_of(seed),
+            nbytes=nbytes(seed.meta.get("val")),
+        )
+
+
+def find_regions(graph: Graph, axes: Axes, *, min_bytes: int) -> tuple[list[Region], list[Refusal]]:
+    """The regions of a graph, largest inside first, and the seeds that became none, with the reason.
+
+    Args:
+        graph: a functional aten graph, joint or inference.
+        axes: its axis analysis.
+        min_bytes: smallest value that may seed a region, and smallest inside that makes one.
+    """
+    return RegionFinder(graph, axes, min_bytes).find()
