@@ -14,7 +14,8 @@ Algorithm, for every seed, widest first, and every axis of it, fewest weights fi
     3. Close the forward and the backward part under paths. A node on such a path that cannot be split cuts the region: what
        depends on it leaves, and the cut is remembered as a refusal.
     4. Absorb consumers while the bytes that leave shrink (two gradients that are added leave as one).
-    5. Keep the region if what is inside is larger than what leaves.
+    5. Keep the region if what is inside is larger than what leaves, and what leaves in either direction is again narrower
+       than the seed.
 
 Every node of a region is parallel along the axis, or a sum over it whose result nobody inside reads. By induction over the
 nodes, the loop's slices are the slices of the unchunked values, and its partials add up to the unchunked sums.
@@ -172,7 +173,10 @@ class RegionFinder:
         inside = sum(nbytes(n.meta["val"]) for n in region if self._is_inside(n, region, split))
         leaving = [n for n in region if self._leaves(n, region) and split.is_split(n)]
         out = sum(nbytes(n.meta["val"]) for n in leaving)
-        if inside <= out or inside < self.min_bytes:
+        phase_out = max(
+            (sum(split.width(n) for n in leaving if (n in self.tangent) == side) for side in (False, True)), default=0
+        )
+        if inside <= out or inside < self.min_bytes or phase_out * AMPLIFY > split.width(seed):
             return self._refuse(seed, obstacle or self._outlet(leaving, region, split), split)
         return Region(
             axis=split.axis,

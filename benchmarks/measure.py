@@ -1,0 +1,166 @@
+"""What the benchmarks and the demo measure with: fresh processes, steps, clocks.
+
+Every cold figure (compile seconds, peak) comes from a process of its own with empty compile caches.
+Times that are compared come from one process in which the contenders take turns.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.models import loss_of
+
+CONTENDERS = ("eager", "inductor", "mst")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class WorkerFailed(RuntimeError):
+    """A fresh process ended without a result; the message is the end of what it printed."""
+
+
+def run_fresh(
+    module: str, job: Mapping[str, Any], *, show: bool = False, timeout_s: float = 3600
+) -> dict[str, Any]:
+    """Run `python -m module --worker job.json result.json` with cold compile caches.
+
+    `show` lets the worker write to our stdout (its progress); warnings on stderr stay unseen.
+    """
+    with tempfile.TemporaryDirectory(prefix="mstc-bench-") as folder:
+        job_path, result_path = Path(folder, "job.json"), Path(folder, "result.json")
+        job_path.write_text(json.dumps(job))
+        environment = os.environ | {
+            "TORCHINDUCTOR_CACHE_DIR": str(Path(folder, "inductor")),
+            "TRITON_CACHE_DIR": str(Path(folder, "triton")),
+            "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+        }
+        command = [sys.executable, "-m", module, "--worker", str(job_path), str(result_path)]
+        try:
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=None if show else subprocess.PIPE,
+                stderr=subprocess.PIPE if show else subprocess.STDOUT,
+                text=True,
+                timeout=timeout_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise WorkerFailed(f"no result after {timeout_s:.0f} s") from error
+        if done.returncode != 0 or not result_path.exists():
+            raise WorkerFailed(
+                f"exit status {done.returncode}:\n{(done.stderr if show else done.stdout)[-3000:]}"
+            )
+        return json.loads(result_path.read_text())
+
+
+def serve(work: Callable[[dict[str, Any]], dict[str, Any]], arguments: Sequence[str]) -> bool:
+    """The other side of `run_fresh`: if `arguments` are a worker's, do the work and say True."""
+    if list(arguments[:1]) != ["--worker"]:
+        return False
+    job_path, result_path = arguments[1:]
+    result = work(json.loads(Path(job_path).read_text()))
+    Path(result_path).write_text(json.dumps(result))
+    return True
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What a figure depends on beside the code: device, threads, versions."""
+    names = ("torch", "transformers", "triton", "mstc")
+    versions: dict[str, str] = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def compiled(model: nn.Module, contender: str) -> Callable[..., Any]:
+    if contender == "eager":
+        return model
+    if contender == "mst":
+        import mstc  # noqa: F401  (registers the backend where the package is not installed)
+    return torch.compile(model, backend=contender)
+
+
+def training_step(
+    model: Callable[..., Any], batch: Mapping[str, Tensor], autocast: bool = False
+) -> Callable[[], Tensor]:
+    """Forward and backward as in a user's loop: the output, logits too, lives through backward."""
+    device = next(iter(batch.values())).device.type
+
+    def step() -> Tensor:
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            output = model(**batch)
+        loss = loss_of(output)
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def clear_gradients(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def seconds(fn: Callable[[], object], device: str) -> float:
+    """Duration of one call: CUDA events on a GPU, the wall elsewhere."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        fn()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    fn()
+    return time.perf_counter() - begin
+
+
+def alternate(
+    steps: Mapping[str, Callable[[], object]],
+    model: nn.Module,
+    device: str,
+    rounds: int,
+    warm_up: int = 2,
+) -> dict[str, list[float]]:
+    """Seconds of each round of each step, in turns (A B A B), so that drift hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(warm_up + rounds):
+        for name, step in steps.items():
+            clear_gradients(model)
+            duration = seconds(step, device)
+            if i >= warm_up:
+                times[name].append(duration)
+    return times
+
+
+def ratio_of_medians(times: Mapping[str, Sequence[float]], above: str, below: str) -> float:
+    return median(times[above]) / median(times[below])

@@ -1,0 +1,163 @@
+"""One compilation on one screen.
+
+    Dynamo graph --defer--> Dynamo graph without the logits
+                 --AOTAutograd--> joint graph --ChunkPass--> joint graph with loops
+                 --partitioner, Inductor--> a callable, wrapped so that deferred outputs come back
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+import passes
+from mstc import history
+from mstc.errors import FallbackWarning
+from mstc.inductor import CustomGraphPass, compile_outer, compile_outer_eager, get_hash_for_files
+from mstc.observe import Observer, dump
+from mstc.options import Options
+from mstc.report import Report, graph_report
+from mstc.runtime.deferred import wrap_outputs
+from mstc.runtime.loop import loop_op
+from passes.defer import DeferResult, defer_outputs
+from passes.liveness import tangent_nodes
+from passes.plan import PlanOptions
+
+log = logging.getLogger(__name__)
+
+_MIN_ROWS = {"cpu": 128, "cuda": 2048}  # measured: below these, matrix products slow down
+_SOURCES = tuple(
+    str(p) for package in (Path(passes.__file__).parent, Path(__file__).parent) for p in sorted(package.rglob("*.py"))
+)
+
+
+def _replace_contents(graph: Graph, new: Graph) -> None:
+    """Make `graph` say what `new` says: Inductor's hook wants the change in place."""
+    for node in reversed(graph.nodes):
+        graph.erase_node(node)
+    copied: dict[Node, Node] = {}
+    for node in new.nodes:
+        copied[node] = graph.node_copy(node, copied.__getitem__)
+
+
+class ChunkPass(CustomGraphPass):
+    """Our place in Inductor: sees every joint graph, and every inference graph, before it does anything to it."""
+
+    def __init__(self, options: Options, report: Report) -> None:
+        self.options = options
+        self.report = report
+
+    def uuid(self) -> object:
+        """Two compilations may share a cache entry only if our code and options are the same."""
+        options = self.options
+        own = {k: v for k, v in vars(options).items() if k != "inductor"}
+        return get_hash_for_files(_SOURCES, json.dumps(own, sort_keys=True))
+
+    def plan_options(self, graph: Graph) -> PlanOptions:
+        kinds = {
+            n.meta["val"].device.type for n in graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)
+        }
+        default = max((_MIN_ROWS.get(k, _MIN_ROWS["cpu"]) for k in kinds), default=_MIN_ROWS["cpu"])
+        return PlanOptions(
+            min_rows=self.options.min_chunk_rows or default,
+            min_peak_bytes=self.options.min_peak_bytes,
+            chunk_rows=self.options.chunk_rows,
+            gradient_in_forward=self.options.gradient_in_forward,
+        )
+
+    def __call__(self, graph: Graph) -> None:
+        lowering = {"kind": self.options.lowering, "config": dict(self.options.inductor)}
+        try:
+            planned = passes.run_passes(
+                graph,
+                self.plan_options(graph),
+                min_region_bytes=self.options.min_region_bytes,
+                loop_op=loop_op,
+                lowering=json.dumps(lowering, sort_keys=True),
+                observe=Observer(),
+            )
+        except Exception as error:  # a mistake of ours must not cost the user the run
+            log.debug("a pass failed", exc_info=True)
+            self.report.notes.append(f"a graph was left untouched: {type(error).__name__}: {error}")
+            warnings.warn(
+                f'backend="mst" left a graph as it was, because a pass failed ({type(error).__name__}: {error}). '
+                "Training goes on as with Inductor. Please report this.",
+                FallbackWarning,
+                stacklevel=2,
+            )
+            return
+        if planned.chunked is not None:
+            _replace_contents(graph, planned.chunked.graph)
+        entry = graph_report(planned.plan, training=bool(tangent_nodes(graph)))
+        self.report.graphs.append(entry)
+        dump("mst_report", self.report.to_json, encoding="json")
+        log.info("%s", self.report)
+
+
+def _deferred(gm: GraphModule, options: Options, report: Report) -> DeferResult | None:
+    """Step one; None when no output leaves the graph."""
+    if not options.defer_outputs:
+        return None
+    result = defer_outputs(gm, min_bytes=options.min_deferred_bytes)
+    report.refusals += result.refusals
+    for output in result.deferred:
+        shape = "x".join(map(str, output.shape))
+        report.deferred.append(
+            f"output {', '.join(map(str, output.indices))} ({shape}, {output.nbytes / 2**20:.1f} MiB) at {output.source}"
+        )
+    if not result.deferred:
+        return None
+    for old, new in zip(
+        gm.graph.find_nodes(op="placeholder"), result.graph_module.graph.find_nodes(op="placeholder"), strict=True
+    ):
+        if hasattr(old, "_dynamo_source"):  # AOTAutograd reads from it which inputs are parameters
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    return result
+
+
+def analyze_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Report:
+    """Find out what would be done to a Dynamo graph, and compile nothing."""
+    report = Report()
+    result = _deferred(gm, options, report)
+    inner = gm if result is None else result.graph_module
+    compile_outer_eager(inner, example_inputs, ChunkPass(options, report))
+    return report
+
+
+def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    """Compile one Dynamo graph.
+
+    Args:
+        gm: the graph as Dynamo made it.
+        example_inputs: fake or real inputs, in the order of its placeholders.
+        options: what the user asked for.
+
+    Returns:
+        a callable with the graph's inputs and outputs.
+    """
+    report = Report()
+    history.add(report)
+    result = _deferred(gm, options, report)
+    inner = gm if result is None else result.graph_module
+    graph_pass = ChunkPass(options, report)
+    if options.lowering == "eager":
+        compiled = compile_outer_eager(inner, example_inputs, graph_pass)
+    else:
+        compiled = compile_outer(inner, example_inputs, graph_pass, options.inductor)
+    if not report.graphs and not report.notes:
+        report.notes.append("the compiled graph came from PyTorch's cache, so no pass ran")
+    if result is None:
+        return compiled
+    deferred, count = result.deferred, result.num_outputs
+
+    def call(*args: Any) -> list[Any]:
+        return wrap_outputs(deferred, compiled(*args), args, num_outputs=count)
+
+    return call

@@ -1,0 +1,28 @@
+"""The reports of this process, newest last; bounded, so that a long run with many graphs does not grow."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from mstc.report import Report
+
+_REPORTS: deque[Report] = deque(maxlen=256)
+
+
+def add(report: Report) -> None:
+    _REPORTS.append(report)
+
+
+def reports() -> list[Report]:
+    return list(_REPORTS)
+
+
+def last_report() -> Report:
+    """What the latest compilation found, planned and refused.
+
+    Raises:
+        LookupError: nothing was compiled with ``backend="mst"`` in this process yet.
+    """
+    if not _REPORTS:
+        raise LookupError('nothing was compiled with backend="mst" yet: call the compiled model once, then ask.')
+    return _REPORTS[-1]

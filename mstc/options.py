@@ -1,0 +1,110 @@
+"""What a user may ask for: one frozen dataclass, built from ``torch.compile(options=..., mode=...)``."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mstc.errors import OptionError
+from mstc.inductor import known_inductor_options, mode_options
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of ``torch.compile(model, backend="mst", options={...})``; Inductor's own options may stand beside them."""
+
+    lowering: str = "inductor"
+    """"inductor" compiles the graph and the loop bodies (Triton on a GPU, C++ on a CPU); "eager" runs them op by op,
+    for debugging and fast tests."""
+
+    chunk_rows: int | None = None
+    """Rows (tokens of all sequences) per chunk; None lets the planner choose."""
+
+    min_chunk_rows: int | None = None
+    """Rows per chunk below which the planner does not go, because matrix units would idle; None takes the device's
+    default (128 on a CPU, 2048 on a GPU)."""
+
+    min_peak_bytes: int = 16 * 2**20
+    """Predicted peak, in bytes, below which a graph is left untouched."""
+
+    min_region_bytes: int = 2**20
+    """Bytes of the smallest value that may seed a region."""
+
+    gradient_in_forward: bool = True
+    """Make a loss head's gradients in the forward loop where that is proven right; False recomputes always."""
+
+    defer_outputs: bool = True
+    """Take outputs that only a curious caller reads (logits beside the loss) out of the graph; they are computed when
+    somebody looks."""
+
+    min_deferred_bytes: int = 2**20
+    """Bytes of the smallest output that is deferred."""
+
+    inductor: Mapping[str, object] = field(default_factory=dict)
+    """Options that were Inductor's; filled from ``options=`` and ``mode=``."""
+
+    def __post_init__(self) -> None:
+        if self.lowering not in ("inductor", "eager"):
+            raise OptionError(f'options["lowering"] is {self.lowering!r}; it must be "inductor" or "eager".')
+        for name in ("chunk_rows", "min_chunk_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f'options["{name}"] is {value}; it must be at least 1.')
+        for name in ("min_peak_bytes", "min_region_bytes", "min_deferred_bytes"):
+            if getattr(self, name) < 0:
+                raise OptionError(f'options["{name}"] is {getattr(self, name)}; it must not be negative.')
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "lowering": (str,),
+    "chunk_rows": (int, type(None)),
+    "min_chunk_rows": (int, type(None)),
+    "min_peak_bytes": (int,),
+    "min_region_bytes": (int,),
+    "gradient_in_forward": (bool,),
+    "defer_outputs": (bool,),
+    "min_deferred_bytes": (int,),
+}
+
+
+def parse_options(options: Mapping[str, Any] | None, mode: str | None) -> Options:
+    """Validate what the user gave.
+
+    Args:
+        options: the ``options=`` dict; our keys, or Inductor's.
+        mode: the ``mode=`` string, Inductor's meaning.
+
+    Raises:
+        OptionError: an unknown key, a wrong type, an impossible value, an unknown mode. The message names the known ones.
+    """
+    own: dict[str, Any] = {}
+    inductor: dict[str, object] = {}
+    if mode is not None and mode != "default":
+        try:
+            inductor.update(mode_options(mode))
+        except RuntimeError as error:
+            raise OptionError(f"mode={mode!r}: {error}") from None
+    known_inductor = known_inductor_options()
+    for key, value in (options or {}).items():
+        if key in _TYPES:
+            allowed = _TYPES[key]
+            if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+                names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
+                raise OptionError(f'options["{key}"] is {value!r}; it must be of type {names}.')
+            own[key] = value
+        elif str(key).replace("-", "_") in known_inductor:
+            inductor[str(key).replace("-", "_")] = value
+        else:
+            near = difflib.get_close_matches(str(key), [*_TYPES, *known_inductor], n=3)
+            guess = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise OptionError(
+                f'unknown option {key!r} of backend="mst".{guess} Known options: {", ".join(_TYPES)}; '
+                "and every option of Inductor (torch._inductor.list_options())."
+            )
+    return Options(**own, inductor=inductor)
+
+
+assert set(_TYPES) == {f.name for f in dataclasses.fields(Options)} - {"inductor"}

@@ -1,0 +1,144 @@
+"""What was found, planned and refused, as text and as JSON.
+
+A report covers one compiled model call: one `GraphReport` per joint (or inference) graph, in order of compilation.
+`last_report` gives the latest; `explain` makes one for a model call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from passes.records import Plan, Refusal
+from passes.source import op_name, source_of
+
+_TABLE_ROWS = 12
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One kind of value at the peak; equal values of equal layers share a row."""
+
+    op: str
+    source: str  # "file:line  code" of the user
+    nbytes: int  # together
+    count: int
+
+
+@dataclass(frozen=True)
+class LoopReport:
+    """One loop, or several equal ones."""
+
+    seed: str
+    source: str
+    mode: str
+    axis_length: int  # positions
+    chunk: int  # positions
+    num_chunks: int
+    inside_bytes: int  # kept from being alive at once, together
+    count: int  # equal layers
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One graph."""
+
+    kind: str  # "training" or "inference"
+    peak_before: int  # predicted bytes above parameters, inputs and gradients
+    peak_after: int
+    table: tuple[TableRow, ...]  # what stands at the peak before
+    table_after: tuple[TableRow, ...]
+    loops: tuple[LoopReport, ...]
+    refusals: tuple[Refusal, ...]
+    note: str = ""
+
+    @property
+    def untouched(self) -> bool:
+        return not self.loops
+
+
+@dataclass
+class Report:
+    """One call of the backend: one Dynamo graph."""
+
+    graphs: list[GraphReport] = field(default_factory=list)
+    deferred: list[str] = field(default_factory=list)  # outputs that left the graph
+    refusals: list[Refusal] = field(default_factory=list)  # outputs that did not, bodies that fell back
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    def __str__(self) -> str:
+        return render(self)
+
+
+def _rows(plan: Plan, *, after: bool) -> tuple[TableRow, ...]:
+    live = plan.after if after else plan.before
+    sums: Counter[tuple[str, str]] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
+    for buffer in live.at(live.peak_step):
+        sums[(buffer.op, buffer.source)] += buffer.nbytes
+        counts[(buffer.op, buffer.source)] += 1
+    return tuple(TableRow(op, src, n, counts[(op, src)]) for (op, src), n in sums.most_common(_TABLE_ROWS))
+
+
+def graph_report(plan: Plan, *, training: bool, note: str = "") -> GraphReport:
+    """The report of one plan."""
+    loops: dict[tuple[Any, ...], list[int]] = {}
+    for loop in plan.loops:
+        region = loop.region
+        key = (op_name(region.seed), source_of(region.seed), loop.mode, region.length, loop.chunk, loop.num_chunks)
+        loops.setdefault(key, []).append(region.inside_bytes)
+    return GraphReport(
+        kind="training" if training else "inference",
+        peak_before=plan.peak_before,
+        peak_after=plan.peak_after,
+        table=_rows(plan, after=False),
+        table_after=_rows(plan, after=True),
+        loops=tuple(LoopReport(*key, inside_bytes=sum(sizes), count=len(sizes)) for key, sizes in loops.items()),
+        refusals=plan.refusals,
+        note=note,
+    )
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.1f} MiB"
+
+
+def render(report: Report) -> str:
+    """A report as text, for a terminal."""
+    lines: list[str] = []
+    for output in report.deferred:
+        lines.append(f"deferred: {output}")
+    for number, graph in enumerate(report.graphs):
+        lines.append(f"graph {number} ({graph.kind})")
+        if graph.note:
+            lines.append(f"  {graph.note}")
+        if graph.untouched:
+            lines.append(f"  predicted peak {_mib(graph.peak_before)}; left untouched")
+        else:
+            lines.append(f"  predicted peak {_mib(graph.peak_before)} -> {_mib(graph.peak_after)}")
+        lines.append("  intermediate memory at the peak, before" + ("" if graph.untouched else " (and after)"))
+        tables = [graph.table] if graph.untouched else [graph.table, graph.table_after]
+        for table in tables:
+            for row in table:
+                many = f" x{row.count}" if row.count > 1 else ""
+                lines.append(f"    {_mib(row.nbytes):>12}  {row.op + many:<28} {row.source}")
+            lines.append("    --")
+        for loop in graph.loops:
+            many = f" x{loop.count}" if loop.count > 1 else ""
+            lines.append(
+                f"  loop{many}: {loop.num_chunks} chunks of {loop.chunk} along an axis of {loop.axis_length}, "
+                f"{loop.mode}, keeps {_mib(loop.inside_bytes)} from being alive at once"
+            )
+            lines.append(f"    from {loop.seed} at {loop.source}")
+        for refusal in graph.refusals:
+            lines.append(f"  refused ({_mib(refusal.nbytes)}): {refusal}")
+    for refusal in report.refusals:
+        lines.append(f"refused ({_mib(refusal.nbytes)}): {refusal}")
+    lines.extend(f"note: {note}" for note in report.notes)
+    return "\n".join(lines) if lines else "nothing was compiled yet"

@@ -1,0 +1,380 @@
+"""The tensor that stands for a deferred output, and makes it when somebody looks.
+
+`passes.defer` takes large outputs that the caller probably drops out of the graph and leaves a
+closure for each. `wrap_outputs` puts a `DeferredTensor` in the place of each. It has a shape, a
+dtype, a device and its place in the autograd graph from the start, and computes its values from the
+closure's frontier when an operation first needs them.
+
+How it works
+------------
+- It is a wrapper subclass: a tensor with metadata and no memory. An operation that needs values
+  arrives in `__torch_dispatch__`, below autograd, and finds them there. So views, in-place
+  operations, hooks, saved tensors and custom autograd functions are PyTorch's own.
+- Where the frontier requires grad, the tensor is the output of an autograd function with the
+  frontier as input. Its backward repeats the closure with gradients on, so a gradient that flows
+  into the output costs one more run of the closure, and nothing of the output's size is saved.
+- `detach()` and floating-point casts make another deferred tensor. A detached one shares the
+  values, as everywhere in PyTorch; a cast makes its own.
+- The closure runs once, under a lock, with the autocast state of the call that returned the tensor.
+  Then the frontier is let go (the autograd graph keeps what a backward needs, until it is freed).
+- What the closure reads must be as it was at the call. The version counter tells, and the address
+  and size of the memory (some frameworks free or swap parameters behind the counter's back).
+- `torch.compile` sees a traceable wrapper subclass whose one inner tensor is the values.
+- Methods that read memory without the dispatcher (`numpy`, `tolist`, pickling) go to the values.
+
+Not handled: writes that bypass the version counter and keep the address, through `.data` or NumPy
+(autograd cannot see them either); assigning to `.data`; unbound calls like `torch.Tensor.numpy(t)`.
+PyTorch raises an error for the last two. Tensors made in `torch.inference_mode` have no version:
+when the closure reads one that the caller can write to, the output is computed at once.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily  # no fakes in a trace
+from torch.utils._mode_utils import no_dispatch  # lets an op change a wrapper's own shape
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_map_only  # for the arguments of any op
+
+from mstc.errors import DeferredOutputError
+from passes.defer import DeferredOutput
+
+__all__ = ["DeferredTensor", "wrap_outputs"]
+
+aten = torch.ops.aten
+
+Geometry = tuple[Sequence[Any], Sequence[Any], Any]
+"""Shape, stride and storage offset: ints, or SymInts in a trace."""
+
+
+def wrap_outputs(
+    deferred: Sequence[DeferredOutput],
+    outputs: Sequence[Any],
+    args: Sequence[Any],
+    *,
+    num_outputs: int,
+) -> list[Any]:
+    """The original outputs, with a `DeferredTensor` in the place of each that was deferred.
+
+    Call it right after the compiled graph, under the same grad, inference and autocast modes.
+
+    Args:
+        deferred: from `passes.defer.DeferResult`.
+        outputs: what the compiled `DeferResult.graph_module` returned.
+        args: what it was called with.
+        num_outputs: from `passes.defer.DeferResult`.
+    """
+    gone = {index: spec for spec in deferred for index in spec.indices}
+    num_kept = num_outputs - len(gone)
+    made = {spec.indices: _make(spec, outputs, args, num_kept) for spec in deferred}
+    kept = iter(outputs)
+    return [made[gone[i].indices] if i in gone else next(kept) for i in range(num_outputs)]
+
+
+def _make(
+    spec: DeferredOutput, outputs: Sequence[Any], args: Sequence[Any], num_kept: int
+) -> torch.Tensor:
+    numbers: list[Any] = []
+    frontier: list[_Stamped] = []
+    must_compute = False
+    for source in spec.frontier:
+        value = (args if source.kind == "input" else outputs)[source.index]
+        is_tensor = isinstance(value, torch.Tensor)
+        numbers.append(None if is_tensor else value)
+        if is_tensor:
+            frontier.append(_Stamped(value, source.name, _stamp(value)))
+            is_ours = source.kind == "output" and source.index >= num_kept
+            must_compute |= value.is_inference() and not is_ours
+    autocast = _read_autocast(spec.device.type)
+    recipe = _Recipe(spec.closure, tuple(numbers), autocast, (), spec.source)
+    geometry = spec.geometry(args)
+    tensors = [stamped.tensor for stamped in frontier]
+    if must_compute:
+        return recipe.run(tensors)
+    cell = _Cell(recipe, frontier, spec.dtype)
+    tracked = any(t.requires_grad for t in tensors) and spec.requires_grad
+    if tracked and torch.is_grad_enabled():
+        return _Attach.apply(cell, geometry, spec.dtype, spec.device, *tensors)
+    return DeferredTensor(cell, geometry, spec.dtype, spec.device)
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How to compute values from the tensors of a frontier."""
+
+    closure: Callable[..., torch.Tensor]
+    numbers: tuple[Any, ...]  # the frontier, with None where a tensor goes
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]  # device type, whether on, dtype
+    casts: tuple[torch.dtype, ...]  # applied to what the closure returns, in order
+    source: str  # "file:line  code" of the user who makes the output
+
+    def run(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The values, in the caller's grad mode."""
+        given = iter(tensors)
+        values = [next(given) if n is None else n for n in self.numbers]
+        with ExitStack() as stack:
+            for device_type, enabled, dtype in self.autocast:
+                # No cache: a weight that is cast here must not serve a forward pass elsewhere.
+                autocast = torch.autocast(device_type, dtype, enabled, cache_enabled=False)
+                stack.enter_context(autocast)
+            result = self.closure(*values)
+        for dtype in self.casts:
+            result = result.to(dtype)
+        return result
+
+
+def _read_autocast(device_type: str) -> tuple[tuple[str, bool, torch.dtype], ...]:
+    return tuple(
+        (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d))
+        for d in sorted({device_type, "cpu"})
+        if torch.amp.is_autocast_available(d)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Stamped:
+    """A tensor of a frontier, and what tells whether it is still the same."""
+
+    tensor: torch.Tensor
+    name: str  # for people
+    stamp: tuple[int | None, ...]  # at the time of the call
+
+
+def _stamp(tensor: torch.Tensor) -> tuple[int | None, ...]:
+    """Version, address and bytes; None for what the tensor does not have."""
+    version = None if tensor.is_inference() else tensor._version
+    if is_traceable_wrapper_subclass(tensor) or isinstance(tensor, FakeTensor):
+        return version, None, None
+    return version, tensor.data_ptr(), tensor.untyped_storage().nbytes()
+
+
+class _Cell:
+    """The values of a deferred tensor, once they are made; detached tensors share it."""
+
+    def __init__(self, recipe: _Recipe, frontier: Sequence[_Stamped], dtype: torch.dtype):
+        self.recipe = recipe
+        self.frontier = frontier
+        self.dtype = dtype
+        self.made: torch.Tensor | None = None
+        self.lock = threading.RLock()
+
+    @staticmethod
+    def of(values: torch.Tensor) -> _Cell:
+        """A cell whose values are there already."""
+        cell = _Cell(_NO_RECIPE, (), values.dtype)
+        cell.made = values
+        return cell
+
+    def values(self) -> torch.Tensor:
+        """The values, outside autograd. Raises `DeferredOutputError` if they cannot be made."""
+        with self.lock:
+            if self.made is None:
+                for stamped in self.frontier:
+                    if _stamp(stamped.tensor) != stamped.stamp:
+                        raise DeferredOutputError(_explain(stamped, self.recipe.source))
+                with unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad():
+                    self.made = self.recipe.run([stamped.tensor for stamped in self.frontier])
+                assert self.made.dtype == self.dtype, "a closure's dtype differs from its output's"
+                self.frontier = ()
+        return self.made
+
+    def cast(self, dtype: torch.dtype) -> _Cell:
+        """A cell for the values in another dtype, made from the frontier again."""
+        recipe = replace(self.recipe, casts=(*self.recipe.casts, dtype))
+        return _Cell(recipe, self.frontier, dtype)
+
+
+_NO_RECIPE = _Recipe(lambda: torch.empty(0), (), (), (), "")
+
+
+def _explain(stamped: _Stamped, source: str) -> str:
+    parts = re.findall(r"\['(\w+)'\]", stamped.name)
+    name = ".".join(p for p in parts if p not in ("self", "_modules", "_parameters", "_buffers"))
+    made = f" made at {source}" if source else ""
+    return (
+        f"The output{made} was deferred: mst computes it when it is first read. But what it is"
+        f" computed from, {name or stamped.name}, has been changed in place since the forward pass,"
+        " so its values are lost. Read the output (for example outputs.logits) before"
+        " optimizer.step(), or compile with options={'defer_outputs': False}."
+    )
+
+
+class DeferredTensor(torch.Tensor):
+    """A tensor whose values are computed when something first needs them.
+
+    It behaves as the tensor that it stands for; `materialize` gives that tensor. Any use may raise
+    `DeferredOutputError`, when what it is computed from has changed in place in the meantime.
+    """
+
+    _cell: _Cell
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(
+        cls: type[DeferredTensor],
+        cell: _Cell,
+        geometry: Geometry,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> DeferredTensor:
+        shape, stride, offset = geometry
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, shape, strides=stride, storage_offset=offset, dtype=dtype, device=device
+        )
+        self._cell = cell
+        return self
+
+    @property
+    def is_materialized(self) -> bool:
+        """Whether the values have been computed."""
+        return self._cell.made is not None
+
+    def materialize(self) -> torch.Tensor:
+        """This tensor as a `torch.Tensor` that shares its values and its place in autograd."""
+        return aten.alias.default(self)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if isinstance(first, DeferredTensor):
+            if func is aten.detach.default:
+                return first._with_cell(first._cell)
+            if func is aten._to_copy.default and first._can_cast(**kwargs):
+                return first._with_cell(first._cell.cast(kwargs["dtype"]))
+            if torch.Tag.inplace_view in func.tags:
+                return first._change_shape(func, args, kwargs)
+        opened: dict[int, DeferredTensor] = {}
+
+        def open_one(tensor: DeferredTensor) -> torch.Tensor:
+            values = tensor._made
+            opened.setdefault(id(values), tensor)
+            return values
+
+        plain_args, plain_kwargs = tree_map_only(DeferredTensor, open_one, (args, kwargs))
+        result = func(*plain_args, **plain_kwargs)
+        # An in-place operation returns the tensor that it was given.
+        return tree_map_only(torch.Tensor, lambda t: opened.get(id(t), t), result)
+
+    @property
+    def _made(self) -> torch.Tensor:
+        return self._cell.values()
+
+    def _with_cell(self, cell: _Cell) -> DeferredTensor:
+        geometry = self.shape, self.stride(), self.storage_offset()
+        return DeferredTensor(cell, geometry, cell.dtype, self.device)
+
+    def _can_cast(self, dtype: torch.dtype | None = None, **others: Any) -> bool:
+        """Whether a copy with these arguments can wait: if only the dtype changes."""
+        others.pop("non_blocking", None)
+        same = (None, self.device, self.layout, torch.preserve_format)
+        return (
+            not self.is_materialized
+            and self.is_contiguous()
+            and dtype is not None
+            and dtype.is_floating_point
+            and all(other in same for other in others.values())
+        )
+
+    def _change_shape(self, func: Any, args: Any, kwargs: Any) -> DeferredTensor:
+        """An operation like `unsqueeze_`: aliases keep their shape, so this gets its own cell."""
+        values = self._made.detach()
+        func(values, *args[1:], **kwargs)
+        self._cell = _Cell.of(values)
+        with no_dispatch():  # and now the wrapper itself, which has no memory
+            before = torch._C._meta_in_tls_dispatch_include()
+            torch._C._set_meta_in_tls_dispatch_include(True)
+            try:
+                func(self, *args[1:], **kwargs)
+            finally:
+                torch._C._set_meta_in_tls_dispatch_include(before)
+        return self
+
+    # What torch.compile needs of a wrapper subclass.
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["_made"], None
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, torch.Tensor], context: None, size: Any, stride: Any
+    ) -> DeferredTensor:
+        values = inner["_made"]
+        geometry = size, stride, values.storage_offset()
+        return DeferredTensor(_Cell.of(values), geometry, values.dtype, values.device)
+
+    # What reads memory or identity without the dispatcher.
+
+    def __repr__(self, *, tensor_contents: str | None = None) -> str:
+        return self.materialize().__repr__(tensor_contents=tensor_contents)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.materialize().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.materialize().__deepcopy__(memo)
+
+
+def _on_values(name: str) -> Callable[..., Any]:
+    def method(self: DeferredTensor, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.materialize(), name)(*args, **kwargs)
+
+    method.__name__ = name
+    return method
+
+
+for _name in (
+    *("numpy", "tolist", "data_ptr", "untyped_storage", "storage", "_typed_storage"),
+    *("is_shared", "share_memory_", "apply_", "map_", "map2_", "__dlpack__"),
+):
+    setattr(DeferredTensor, _name, _on_values(_name))
+
+
+class _Attach(torch.autograd.Function):
+    """Makes a deferred tensor a differentiable function of its frontier."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        cell: _Cell,
+        geometry: Geometry,
+        dtype: torch.dtype,
+        device: torch.device,
+        *tensors: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.recipe = cell.recipe
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        return DeferredTensor(cell, geometry, dtype, device)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        (grad,) = grads
+        wanted = ctx.needs_input_grad[4:]
+        tensors = list(ctx.saved_tensors)
+        if grad is None or not any(wanted):
+            return (None,) * len(ctx.needs_input_grad)
+        create_graph = torch.is_grad_enabled()  # of a gradient that will be differentiated itself
+        if not create_graph:
+            tensors = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
+        with torch.enable_grad():
+            output = ctx.recipe.run(tensors)
+        inputs = [t for t, w in zip(tensors, wanted, strict=True) if w]
+        made = iter(
+            torch.autograd.grad(output, inputs, grad, create_graph=create_graph, allow_unused=True)
+        )
+        return (None,) * 4 + tuple(next(made) if w else None for w in wanted)
