@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 import passes
 from mstc import history
 from mstc.errors import FallbackWarning
-from mstc.inductor import CustomGraphPass, compile_outer, compile_outer_eager, get_hash_for_files
+from mstc.inductor import CustomGraphPass, compile_outer, compile_outer_eager, get_hash_for_files, without_duplicates
 from mstc.observe import Observer, dump
 from mstc.options import Options
 from mstc.report import Report, graph_report
@@ -76,7 +76,7 @@ class ChunkPass(CustomGraphPass):
         lowering = {"kind": self.options.lowering, "config": dict(self.options.inductor)}
         try:
             planned = passes.run_passes(
-                graph,
+                without_duplicates(graph),
                 self.plan_options(graph),
                 min_region_bytes=self.options.min_region_bytes,
                 loop_op=loop_op,

@@ -14,6 +14,7 @@ import torch
 import torch._inductor.config as inductor_config
 from torch._dynamo.backends.common import aot_autograd  # AOTAutograd as a backend, for the lowering without Inductor
 from torch._dynamo.source import ConstantSource  # names the symbols of a body's sizes
+from torch._functorch.compile_utils import fx_graph_cse  # what the partitioner does first
 from torch._functorch.partitioners import min_cut_rematerialization_partition  # the partitioner Inductor uses
 from torch._guards import TracingContext, tracing  # a body is compiled in a context of its own
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner  # the outer graph; one aten graph
@@ -22,7 +23,7 @@ from torch._inductor.decomposition import select_decomp_table  # same ops for bo
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes  # what Inductor does before partitioning
 from torch._inductor.virtualized import V  # where Inductor finds the fake mode
 from torch._subclasses import FakeTensorMode
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv  # symbolic sizes of a body
 
@@ -36,9 +37,15 @@ __all__ = [
     "hide_autocast",
     "known_inductor_options",
     "mode_options",
+    "without_duplicates",
 ]
 
 Tensors = list[torch.Tensor]
+
+
+def without_duplicates(graph: Graph) -> Graph:
+    """A copy in which equal computations are done once, as AOTAutograd's partitioner will have it."""
+    return fx_graph_cse(graph)
 
 
 def hide_autocast() -> AbstractContextManager[object]:

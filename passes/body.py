@@ -3,8 +3,9 @@
 Terms
     boundary input   a value from outside that the body reads: *split* (each chunk gets its slice) or *whole*.
     prelude          cheap outside nodes that are computed again inside, because their inputs are a better boundary: views (so
-                     that the storage itself is passed), constants, and small tangent-dependent values (so that a
-                     tangent enters as the scalar that it is made from).
+                     that the storage itself is passed), constants, small tangent-dependent values (so that a tangent
+                     enters as the scalar that it is made from), and pointwise values that would only be kept for the
+                     loop while what they are made from is kept anyhow (`passes.modes`).
     accumulator      an output that is a sum over the loop axis. A matrix product over the loop axis leaves the body as its
                      two operands, and the loop adds their product in place, which spares a buffer of the result's size.
 
@@ -80,9 +81,18 @@ def _is_passthrough(node: Node, axes: Axes) -> bool:
 
 
 class _BodyBuilder:
-    def __init__(self, axes: Axes, axis: int, inside: frozenset[Node], tangent: set[Node], narrow_bytes: float) -> None:
+    def __init__(
+        self,
+        axes: Axes,
+        axis: int,
+        inside: frozenset[Node],
+        prelude: frozenset[Node],
+        tangent: set[Node],
+        narrow_bytes: float,
+    ) -> None:
         self.axes = axes
         self.inside = inside
+        self.prelude = prelude
         self.tangent = tangent
         self.narrow_bytes = narrow_bytes
         self.axis = axis
@@ -111,7 +121,7 @@ class _BodyBuilder:
         role = self.axes.role(node, self.axis)
         if role not in ("absent", "parallel") or self.axes.axes(node).count(self.axis) > 1:
             return False
-        if rules.is_creation(node) or op_name(node) == "aten.scalar_tensor":
+        if node in self.prelude or rules.is_creation(node) or op_name(node) == "aten.scalar_tensor":
             return True
         packet = getattr(node.target, "overloadpacket", None)
         if packet in _SINKABLE_VIEWS:
@@ -255,14 +265,24 @@ def build_body(
     inside: frozenset[Node],
     tangent: set[Node],
     seed: Node,
+    prelude: frozenset[Node] = frozenset(),
 ) -> Body:
     """The body that makes `outputs`, each split along `axis` or a sum over it.
+
+    Args:
+        outputs: nodes of the region that outside nodes read.
+        axes: the graph's axis analysis.
+        axis: the loop axis.
+        inside: nodes that the body computes where it needs them.
+        tangent: nodes that depend on a tangent.
+        seed: the region's widest node, against which the prelude's values are called small.
+        prelude: further outside nodes to compute again.
 
     Raises:
         BodyError: a size that only run time knows is read inside, or a boundary input has the axis twice.
     """
     narrow = nbytes(seed.meta.get("val")) / _NARROW
-    return _BodyBuilder(axes, axis, inside, tangent, narrow).build(outputs)
+    return _BodyBuilder(axes, axis, inside, prelude, tangent, narrow).build(outputs)
 
 
 def sizes_of(body: Body, axes: Axes) -> list[Size]:

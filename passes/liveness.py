@@ -188,7 +188,11 @@ class _Builder:
             self.touch(value, "forward", step)
             return
         if real:
+            made = (value, phase) in self.uses
             self.touch(value, phase, step)
+            if made:
+                return  # read where it already is
+            step = self.uses[(value, phase)][0]
         for source in self.sources(value, phase):
             self.touch(source, phase, step)
 
@@ -233,6 +237,13 @@ class _Builder:
             output_bytes=sum(nbytes(n.meta.get("val")) for n in made),
             gradient_bytes=sum(nbytes(n.meta.get("val")) for n in made if n in tangent),
         )
+
+
+def saved_values(graph: Graph) -> frozenset[Node]:
+    """Forward values that stay in memory until the backward, by the rule of thumb above."""
+    builder = _Builder(graph, lambda node: 0)
+    builder.decide_saved()
+    return frozenset(builder.saved)
 
 
 def analyze_liveness(graph: Graph, transient: Callable[[Node], int] = lambda node: 0) -> Liveness:

@@ -20,11 +20,15 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+from passes import rules
 from passes.axes import Axes
 from passes.body import Body, build_body
 from passes.linear import is_linear_in
+from passes.liveness import is_fusible
 from passes.records import Mode, Region
 from passes.source import hint
+
+_MAX_PRELUDE = 12  # pointwise ops that are computed again rather than their result kept
 
 
 @dataclass(frozen=True)
@@ -116,15 +120,60 @@ def gradient_in_forward(region: Region, axes: Axes, tangent: set[Node]) -> Bodie
     return Bodies("gradient-in-forward", body, None, root, chain)
 
 
-def recompute(region: Region, axes: Axes, tangent: set[Node]) -> Bodies:
+def _prelude(region: Region, tangent: set[Node], saved: frozenset[Node]) -> frozenset[Node]:
+    """Pointwise values that only the region reads, and that are made from values which live until the backward anyhow (the
+    output of a normalisation, made from the residual stream): computed again inside, they need not be kept."""
+    nodes = region.nodes
+    found: set[Node] = set()
+
+    def remake(node: Node, depth: int) -> set[Node] | None:
+        """The nodes to compute again for `node`, or None where that would keep something new alive."""
+        if node.op == "placeholder":
+            return set()
+        if depth and node in saved:
+            return set()
+        if depth > _MAX_PRELUDE or not (is_fusible(node) or rules.is_view(node)):
+            return None
+        own = {node}
+        for i in node.all_input_nodes:
+            below = remake(i, depth + 1)
+            if below is None:
+                return None
+            own |= below
+        return own
+
+    for node in nodes:
+        for i in node.all_input_nodes:
+            while rules.is_view(i) and i not in nodes:
+                i = i.all_input_nodes[0]
+            if i in nodes or i in tangent or not is_fusible(i) or i not in saved:
+                continue
+            if not _read_inside_only(i, nodes):
+                continue
+            found |= remake(i, 0) or set()
+    return frozenset(found)
+
+
+def _read_inside_only(node: Node, nodes: frozenset[Node]) -> bool:
+    return all(u in nodes or (rules.is_view(u) and _read_inside_only(u, nodes)) for u in node.users)
+
+
+def recompute(region: Region, axes: Axes, tangent: set[Node], saved: frozenset[Node]) -> Bodies:
     """Two loops; the backward's body computes again what it needs of the forward."""
     forward, backward = region_outputs(region, tangent)
+    prelude = _prelude(region, tangent, saved) if backward else frozenset[Node]()
 
     def body(outputs: list[Node], inside: frozenset[Node]) -> Body | None:
         if not outputs:
             return None
         return build_body(
-            outputs, axes=axes, axis=region.axis, inside=inside, tangent=tangent, seed=region.seed
+            outputs,
+            axes=axes,
+            axis=region.axis,
+            inside=inside,
+            tangent=tangent,
+            seed=region.seed,
+            prelude=prelude,
         )
 
     return Bodies(

@@ -24,7 +24,7 @@ from torch.fx import Graph, Node
 from passes.axes import Axes
 from passes.body import Body, BodyError
 from passes.chunk import ChunkedGraph, chunk_graph, mutated_inputs
-from passes.liveness import analyze_liveness, tangent_nodes
+from passes.liveness import analyze_liveness, saved_values, tangent_nodes
 from passes.modes import Bodies, gradient_in_forward, recompute
 from passes.records import Liveness, LoopPlan, Plan, Refusal, Region
 from passes.source import hint, nbytes, op_name, source_of
@@ -85,6 +85,7 @@ class _Planner:
         self.loop_op, self.lowering = loop_op, lowering
         self.tangent = tangent_nodes(graph)
         self.mutated = mutated_inputs(graph)
+        self.saved = saved_values(graph)
         self.bodies: dict[Region, Bodies] = {}
 
     def run(self) -> Planned:
@@ -140,7 +141,7 @@ class _Planner:
             bodies = None
             if self.options.gradient_in_forward:
                 bodies = gradient_in_forward(region, self.axes, self.tangent)
-            bodies = bodies or recompute(region, self.axes, self.tangent)
+            bodies = bodies or recompute(region, self.axes, self.tangent, self.saved)
         except BodyError as error:
             self.refuse(region, str(error))
             return None

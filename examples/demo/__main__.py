@@ -78,7 +78,10 @@ def main(arguments: list[str]) -> int:
             job = {"contender": contender, "setup": asdict(setup), "batches": str(path)}
             results[contender] = measure.run_fresh("examples.demo", job, show=True)
 
-    print(f"\n{table(results)}\n")
+    print(f"\n{table(results)}")
+    print(
+        "Times are from processes one after another; `make bench` lets the contenders take turns.\n"
+    )
     title = (
         f"One training step of a Llama with {setup.layers} layers, hidden {setup.hidden}, "
         f"vocabulary {setup.vocab:,}\non {setup.tokens:,} tokens ({setup.dtype}, {setup.device})"

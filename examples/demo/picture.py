@@ -7,13 +7,14 @@ import matplotlib as mpl
 
 mpl.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
+from matplotlib.patheffects import withStroke
 
 MIB = 2**20
 COLORS = {"eager": "#9a9a9a", "inductor": "#d9822b", "mst": "#1f77b4"}
 Timeline = Sequence[Sequence[float]]  # (microseconds, bytes) after each allocation and release
 
 
-def thin(timeline: Timeline, count: int = 4000) -> list[tuple[float, float]]:
+def thin(timeline: Timeline, count: int = 2000) -> list[tuple[float, float]]:
     """At most about `count` points that keep the highest and the lowest value of every stretch."""
     points = [(float(t), float(n)) for t, n in timeline]
     stretch = -(-2 * len(points) // count)
@@ -46,10 +47,11 @@ def draw(timelines: Mapping[str, Timeline], title: str, paths: Sequence[Path]) -
             textcoords="offset points",
             color=color,
             fontweight="bold",
+            path_effects=[withStroke(linewidth=3, foreground="white")],
         )
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel("time since the start of the step, forward then backward (ms)")
-    axes.set_ylabel("memory above parameters (MiB)")
+    axes.set_ylabel("memory above parameters, gradients included (MiB)")
     axes.set_ylim(0, 1.12 * highest)
     axes.set_xlim(left=0)
     axes.margins(x=0.12)
