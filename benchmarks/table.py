@@ -39,11 +39,11 @@ def _cost(records: Records) -> str:
             [
                 f"{model} (tiny)" if tiny else model,
                 case,
-                *(_number(n and n / 2**20, ".1f") for n in nbytes.values()),
+                *(_failure(peaks[c]) or _number(n and n / 2**20, ".1f") for c, n in nbytes.items()),
                 _number(gain, ".1f"),
                 *(_number(peaks[c].get("compile_s"), ".0f") for c in ("inductor", "mst")),
                 *(_number(step_s.get(c), ".4g") for c in ("inductor", "mst")),
-                _number(time.get("mst_over_inductor"), ".2f"),
+                _failure(time) or _number(time.get("mst_over_inductor"), ".2f"),
             ]
         )
     return _table(header, rows)
@@ -56,14 +56,19 @@ def _error(records: Records) -> str:
     for key, record in records.items():
         if key.startswith("error/"):
             cells = [
-                _number(
-                    record.get(contender, {}).get(what) if "failed" not in record else None, ".1e"
-                )
+                _failure(record) or _number(record.get(contender, {}).get(what), ".1e")
                 for what in ("worst", "loss")
                 for contender in ("eager", "inductor", "mst")
             ]
             rows.append([*key.split("/")[1:], *cells])
     return _table(header, rows)
+
+
+def _failure(record: dict[str, Any]) -> str:
+    """What stands in the table for a job that ended without a figure."""
+    if "failed" not in record:
+        return ""
+    return "out of memory" if "OutOfMemoryError" in record["failed"] else "failed"
 
 
 def _number(value: float | None, spec: str) -> str:

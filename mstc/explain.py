@@ -46,7 +46,7 @@ def explain(model: Callable[..., Any], *args: Any, options: dict[str, Any] | Non
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         return tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor)
 
-    with mode:
+    with mode, torch._dynamo.config.patch(recompile_limit=1 << 16):
         fake_args, fake_kwargs = tree_map_only(torch.Tensor, fake, (args, kwargs))
-        torch.compile(model, backend=backend)(*fake_args, **fake_kwargs)
+        torch.compile(model, backend=backend, dynamic=False)(*fake_args, **fake_kwargs)
     return merged

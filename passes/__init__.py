@@ -1,5 +1,6 @@
 """The passes, in order: graph -> facts -> plan -> graph.
 
+    shift     cuts of wide values move to what these are made from                `passes.shift`
     axes      which dims are the same axis, and what every op does to them        `passes.axes`, `passes.rules`
     regions   convex sets of nodes with a large inside and a small boundary       `passes.regions`
     plan      which regions, in which mode, how many chunks                       `passes.plan`
@@ -23,6 +24,7 @@ from passes.axes import analyze_axes
 from passes.plan import Planned, PlanOptions, make_plan
 from passes.regions import find_regions
 from passes.rules import find_rule
+from passes.shift import move_slices
 from passes.verify import verify_same_interface
 
 __all__ = ["run_passes"]
@@ -47,6 +49,9 @@ def run_passes(
         lowering: passed on to the loop op.
         observe: called after each pass with its name and its result.
     """
+    original = graph
+    graph = move_slices(graph, min_bytes=min_region_bytes)
+    observe("shift", graph)
     axes = analyze_axes(graph, find_rule)
     observe("axes", axes)
     regions, refusals = find_regions(graph, axes, min_bytes=min_region_bytes)
@@ -54,6 +59,6 @@ def run_passes(
     planned = make_plan(graph, axes, regions, refusals, options, loop_op=loop_op, lowering=lowering)
     observe("plan", planned.plan)
     if planned.chunked is not None:
-        verify_same_interface(graph, planned.chunked.graph)
+        verify_same_interface(original, planned.chunked.graph)
         observe("chunk", planned.chunked)
     return planned

@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import networkx as nx
+import sympy
 import torch
 from torch.fx import Graph, Node
 
@@ -52,6 +53,19 @@ def _dataflow(graph: Graph) -> nx.DiGraph[Node]:
             flow.add_node(node)
             flow.add_edges_from((i, node) for i in node.all_input_nodes)
     return flow
+
+
+def symbol_hints(graph: Graph) -> dict[sympy.Basic, sympy.Integer]:
+    """The hint of every size symbol that an input of the graph carries."""
+    found: dict[sympy.Basic, sympy.Integer] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        for size in value.shape if isinstance(value, torch.Tensor) else (value,):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                known = hint(size)
+                if known is not None:
+                    found[size.node.expr] = sympy.Integer(known)
+    return found
 
 
 @dataclass
@@ -102,6 +116,7 @@ class RegionFinder:
         self.outputs = set(output_nodes(graph))
         self.taken: set[Node] = set()
         self.refusals: list[Refusal] = []
+        self.hints = symbol_hints(graph)
         self.weights: dict[int, int] = {}  # axis -> how many float inputs have it
         for node in graph.find_nodes(op="placeholder"):
             value = node.meta.get("val")
@@ -145,19 +160,12 @@ class RegionFinder:
         return None
 
     def _length(self, axis: int) -> int | None:
+        """The size of an axis, by the hints of its symbols; None where only run time knows."""
         size = self.axes.table.sizes[axis]
         if isinstance(size, int):
             return size
-        for node in self.graph.find_nodes(op="placeholder"):  # a symbol's hint hangs on the SymInts that carry it
-            value = node.meta.get("val")
-            for candidate in (value.shape if isinstance(value, torch.Tensor) else (value,)):
-                if isinstance(candidate, torch.SymInt):
-                    env = candidate.node.shape_env
-                    found = env.size_hint(size) if hasattr(env, "size_hint") else None
-                    if found is None:
-                        found = size.xreplace(dict(env.backed_var_to_val))
-                    return hint(int(found)) if getattr(found, "is_number", True) else None
-        return None
+        found = size.xreplace(self.hints)
+        return int(found) if found.is_Integer else None
 
     def _grow(self, seed: Node, split: _Split, threshold: float) -> Region | Refusal:
         wide = self._flood(seed, split, threshold)

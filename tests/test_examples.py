@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import accuracy, measure, memory, models
+from benchmarks import accuracy, measure, memory, models, table
 from examples import huggingface, plain_pytorch
 from examples.demo import corpus, picture
 from examples.demo.__main__ import main as demo
@@ -80,6 +80,22 @@ def test_benchmark_writes_resumes_and_refuses(
     assert memory.main(arguments) == 0
     with pytest.raises(SystemExit, match="other dtype"):
         memory.main([*arguments, "--dtype=bfloat16"])
+
+
+def test_table_shows_gains_and_failures():
+    peak = {"peak_intermediate_nbytes": 3 * 2**20, "compile_s": 1.0}
+    records = {
+        "peak/llama/1x64/eager": {"failed": "torch.OutOfMemoryError: CUDA out of memory"},
+        "peak/llama/1x64/inductor": peak,
+        "peak/llama/1x64/mst": peak | {"peak_intermediate_nbytes": 2**20},
+        "time/llama/1x64": {"step_s": {"inductor": 0.5, "mst": 0.25}, "mst_over_inductor": 0.5},
+        "error/llama/1x64/fp32": {"failed": "exit status 1"},
+    }
+    header = {"device": "a", "threads": 2, "dtype": "float32", "date": "today", "versions": {}}
+    text = table.markdown(header | {"records": records})
+    cost = "| llama | 1x64 | out of memory | 3.0 | 1.0 | 3.0 | 1 | 1 | 0.5 | 0.25 | 0.50 |"
+    assert cost in text.splitlines()
+    assert "| llama | 1x64 | fp32 | failed | failed |" in text
 
 
 def test_failed_worker_is_reported():

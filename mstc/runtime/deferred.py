@@ -17,28 +17,36 @@ How it works
   values, as everywhere in PyTorch; a cast makes its own.
 - The closure runs once, under a lock, with the autocast state of the call that returned the tensor.
   Then the frontier is let go (the autograd graph keeps what a backward needs, until it is freed).
-- What the closure reads must be as it was at the call. The version counter tells, and the address
-  and size of the memory (some frameworks free or swap parameters behind the counter's back).
+- What the closure reads must be as it was at the call. The version counter tells; the address and
+  size of the memory, since some frameworks free or swap parameters behind the counter's back; and a
+  hook on all optimizers, since a fused step does not count.
 - `torch.compile` sees a traceable wrapper subclass whose one inner tensor is the values.
 - Methods that read memory without the dispatcher (`numpy`, `tolist`, pickling) go to the values.
 
-Not handled: writes that bypass the version counter and keep the address, through `.data` or NumPy
-(autograd cannot see them either); assigning to `.data`; unbound calls like `torch.Tensor.numpy(t)`.
-PyTorch raises an error for the last two. Tensors made in `torch.inference_mode` have no version:
-when the closure reads one that the caller can write to, the output is computed at once.
+Not handled: writes to what the closure reads through `.data`, NumPy or a kernel that PyTorch does
+not know (autograd cannot see them either). PyTorch raises an error where C++ code asks for the
+address, and for unbound calls like `torch.Tensor.numpy(t)`: pass `t.materialize()`.
+`untyped_storage()` has the right size and no memory: `torch.compile` asks for it while tracing.
+Tensors made in `torch.inference_mode` have no version: when the closure reads one that the caller
+can write to, the output is computed at once.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily  # no fakes in a trace
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._mode_utils import no_dispatch  # lets an op change a wrapper's own shape
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only  # for the arguments of any op
@@ -163,7 +171,12 @@ class _Cell:
         self.frontier = frontier
         self.dtype = dtype
         self.made: torch.Tensor | None = None
+        self.changed: _Stamped | None = None  # what an optimizer stepped on
         self.lock = threading.RLock()
+        if frontier:
+            _watch_optimizers()
+            with _WAITING_LOCK:
+                _WAITING.add(self)
 
     @staticmethod
     def of(values: torch.Tensor) -> _Cell:
@@ -177,7 +190,7 @@ class _Cell:
         with self.lock:
             if self.made is None:
                 for stamped in self.frontier:
-                    if _stamp(stamped.tensor) != stamped.stamp:
+                    if stamped is self.changed or _stamp(stamped.tensor) != stamped.stamp:
                         raise DeferredOutputError(_explain(stamped, self.recipe.source))
                 with unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad():
                     self.made = self.recipe.run([stamped.tensor for stamped in self.frontier])
@@ -187,11 +200,34 @@ class _Cell:
 
     def cast(self, dtype: torch.dtype) -> _Cell:
         """A cell for the values in another dtype, made from the frontier again."""
-        recipe = replace(self.recipe, casts=(*self.recipe.casts, dtype))
-        return _Cell(recipe, self.frontier, dtype)
+        cell = _Cell(replace(self.recipe, casts=(*self.recipe.casts, dtype)), self.frontier, dtype)
+        cell.changed = self.changed
+        return cell
 
 
 _NO_RECIPE = _Recipe(lambda: torch.empty(0), (), (), (), "")
+
+_WAITING: weakref.WeakSet[_Cell] = weakref.WeakSet()
+"""Cells whose values may still have to be made."""
+_WAITING_LOCK = threading.Lock()
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    hook: Any = torch.compiler.disable(_note_step)
+    register_optimizer_step_post_hook(hook)
+
+
+def _note_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Remember which frontiers an optimizer changed: a fused step leaves no other trace."""
+    with _WAITING_LOCK:
+        waiting = [cell for cell in _WAITING if cell.frontier]
+    if waiting:
+        params = (p for group in optimizer.param_groups for p in group["params"])
+        stepped = {id(p) for p in params if p.grad is not None}
+        for cell in waiting:
+            hit = (s for s in cell.frontier if id(s.tensor) in stepped)
+            cell.changed = cell.changed or next(hit, None)
 
 
 def _explain(stamped: _Stamped, source: str) -> str:
@@ -256,7 +292,7 @@ class DeferredTensor(torch.Tensor):
                 return first._with_cell(first._cell)
             if func is aten._to_copy.default and first._can_cast(**kwargs):
                 return first._with_cell(first._cell.cast(kwargs["dtype"]))
-            if torch.Tag.inplace_view in func.tags:
+            if torch.Tag.inplace_view in getattr(func, "tags", ()):
                 return first._change_shape(func, args, kwargs)
         opened: dict[int, DeferredTensor] = {}
 
@@ -267,6 +303,12 @@ class DeferredTensor(torch.Tensor):
 
         plain_args, plain_kwargs = tree_map_only(DeferredTensor, open_one, (args, kwargs))
         result = func(*plain_args, **plain_kwargs)
+        if isinstance(func, OpOverload) and func._schema.is_mutable:
+            for argument, given in zip(func._schema.arguments, args):
+                # Autograd does not count writes to the tensors of a list: they count themselves.
+                if isinstance(given, list | tuple) and argument.alias_info is not None:
+                    written = [t for t in given if isinstance(t, DeferredTensor)]
+                    torch.autograd.graph.increment_version(written)
         # An in-place operation returns the tensor that it was given.
         return tree_map_only(torch.Tensor, lambda t: opened.get(id(t), t), result)
 
@@ -317,29 +359,46 @@ class DeferredTensor(torch.Tensor):
         geometry = size, stride, values.storage_offset()
         return DeferredTensor(_Cell.of(values), geometry, values.dtype, values.device)
 
-    # What reads memory or identity without the dispatcher.
+    # What reads or replaces memory without the dispatcher.
+
+    def _plain(self) -> torch.Tensor:
+        """`materialize`, but a leaf stays a leaf."""
+        if not self.is_leaf:
+            return self.materialize()
+        plain = self._made.detach().requires_grad_(self.requires_grad)
+        plain.grad = self.grad
+        return plain
+
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, new: torch.Tensor) -> None:
+        new = new._made if isinstance(new, DeferredTensor) else new
+        geometry = new.shape, new.stride(), new.storage_offset()
+        like_new = DeferredTensor(_Cell.of(new.detach()), geometry, new.dtype, new.device)
+        torch.Tensor.data.__set__(self, like_new)  # type: ignore[attr-defined]
+        self._cell = like_new._cell
 
     def __repr__(self, *, tensor_contents: str | None = None) -> str:
-        return self.materialize().__repr__(tensor_contents=tensor_contents)
+        return self._plain().__repr__(tensor_contents=tensor_contents)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.materialize().__reduce_ex__(protocol)
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return self.materialize().__deepcopy__(memo)
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return memo.setdefault(id(self), self._plain().__deepcopy__(memo))
 
 
 def _on_values(name: str) -> Callable[..., Any]:
     def method(self: DeferredTensor, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.materialize(), name)(*args, **kwargs)
+        return getattr(self._plain(), name)(*args, **kwargs)
 
     method.__name__ = name
     return method
 
 
 for _name in (
-    *("numpy", "tolist", "data_ptr", "untyped_storage", "storage", "_typed_storage"),
-    *("is_shared", "share_memory_", "apply_", "map_", "map2_", "__dlpack__"),
+    *("numpy", "tolist", "data_ptr", "share_memory_", "is_shared", "apply_", "map_", "map2_"),
+    *("__reduce_ex__", "__dlpack__"),
 ):
     setattr(DeferredTensor, _name, _on_values(_name))
 

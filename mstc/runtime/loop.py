@@ -227,10 +227,10 @@ def _add_product(
     """``buffer += left @ right``, accumulated in the buffer's dtype where the device can."""
     if left.dtype == output.dtype:
         return torch.mm(left, right) if buffer is None else buffer.addmm_(left, right)
-    if left.is_cuda:
+    if left.is_cuda:  # cuBLAS multiplies low precision and accumulates in float32
         if buffer is None:
             return torch.mm(left, right, out_dtype=output.dtype)
-        return torch.addmm(buffer, left, right, out_dtype=output.dtype, out=buffer)
+        return torch.ops.aten.addmm.dtype_out(buffer, left, right, output.dtype, out=buffer)
     return _add(buffer, left @ right, output)
 
 

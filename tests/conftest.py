@@ -1,0 +1,35 @@
+"""What all tests share: the golden files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden",
+        action="store_true",
+        help="write tests/golden/*.txt anew instead of comparing with them",
+    )
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[object, str], None]:
+    """``golden(text, name)``: `text` must be what ``tests/golden/<name>.txt`` says."""
+
+    def compare(text: object, name: str) -> None:
+        path = GOLDEN / f"{name}.txt"
+        got = str(text).rstrip() + "\n"
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(got)
+            return
+        assert path.exists(), f"{path.name} is missing; write it with pytest --update-golden"
+        assert got == path.read_text(), f"{path.name} differs; check, then pytest --update-golden"
+
+    return compare

@@ -1,0 +1,167 @@
+"""Small graphs for the tests of the passes: made, run and compared without a compiler."""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from mstc.inductor import CustomGraphPass, compile_outer_eager, without_duplicates
+from mstc.runtime.loop import loop_op, program_of
+from passes import run_passes
+from passes.axes import Axes
+from passes.body import Body, sizes_of
+from passes.plan import Planned, PlanOptions
+
+EAGER = json.dumps({"kind": "eager", "config": {}})
+
+
+@dataclass
+class Sketch:
+    """A graph made by hand, one call at a time, with the values of its inputs."""
+
+    graph: Graph = field(default_factory=Graph)
+    mode: FakeTensorMode = field(default_factory=FakeTensorMode)
+    values: dict[Node, torch.Tensor] = field(default_factory=dict)
+
+    def input(self, value: torch.Tensor, name: str | None = None) -> Node:
+        node = self.graph.placeholder(name or f"primals_{len(self.values)}")
+        node.meta["val"] = self.mode.from_tensor(value)
+        self.values[node] = value
+        return node
+
+    def call(self, op: Any, *args: Any, **kwargs: Any) -> Node:
+        """One call; tensors among the arguments become inputs of the graph."""
+        lift = lambda a: self.input(a) if isinstance(a, torch.Tensor) else a  # noqa: E731
+        args, kwargs = torch.utils._pytree.tree_map(lift, (args, kwargs))
+        node = self.graph.call_function(op, args, kwargs)
+        fake_args, fake_kwargs = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with self.mode:
+            node.meta["val"] = op(*fake_args, **fake_kwargs)
+        return node
+
+    def outputs_of(self, node: Node) -> list[Node]:
+        """The tensors that a call makes."""
+        value = node.meta["val"]
+        if not isinstance(value, (tuple, list)):
+            return [node]
+        return [self.call(operator.getitem, node, i) for i in range(len(value))]
+
+    def finish(self, outputs: Sequence[Node]) -> list[torch.Tensor]:
+        """Close the graph; its outputs as the graph computes them on the input values."""
+        self.graph.output(tuple(outputs))
+        self.graph.lint()
+        return run_graph(self.graph, list(self.values.values()))
+
+
+def run_graph(graph: Graph, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return list(Interpreter(GraphModule({}, graph)).run(*inputs))
+
+
+def run_body(
+    body: Body, axes: Axes, values: dict[Node, torch.Tensor], chunk: int
+) -> list[torch.Tensor]:
+    """Run a body through the runtime's loop, op by op."""
+    sizes = [int(s) for s in sizes_of(body, axes)]
+    with torch.no_grad():
+        return program_of(body.spec, EAGER).run([values[n] for n in body.inputs], sizes, chunk)
+
+
+def trace(fn: Callable[..., Any], *inputs: torch.Tensor, symbolic: bool = False) -> Graph:
+    """The aten graph of a function without gradients."""
+    mode = "symbolic" if symbolic else "fake"
+    return make_fx(fn, tracing_mode=mode)(*inputs).graph
+
+
+def plan_options(**changes: Any) -> PlanOptions:
+    return PlanOptions(**{"min_rows": 1, "min_peak_bytes": 0, **changes})
+
+
+class Recorder(CustomGraphPass):
+    """Runs the passes, keeps what they found, and lets their mistakes through."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = plan_options(**options)
+        self.graphs: list[Graph] = []  # what was planned
+        self.planned: list[Planned] = []
+
+    def uuid(self) -> object:
+        return None
+
+    def __call__(self, graph: Graph) -> None:
+        seen = without_duplicates(graph)
+        planned = run_passes(
+            seen, self.options, min_region_bytes=1, loop_op=loop_op, lowering=EAGER
+        )
+        self.graphs.append(seen)
+        self.planned.append(planned)
+        if planned.chunked is None:
+            return
+        for node in reversed(graph.nodes):
+            graph.erase_node(node)
+        copied: dict[Node, Node] = {}
+        for node in planned.chunked.graph.nodes:
+            copied[node] = graph.node_copy(node, copied.__getitem__)
+
+    @property
+    def modes(self) -> list[str]:
+        return [p.mode for planned in self.planned for p in planned.plan.loops]
+
+    @property
+    def chunks(self) -> list[int]:
+        return [p.num_chunks for planned in self.planned for p in planned.plan.loops]
+
+    @property
+    def reasons(self) -> str:
+        return "\n".join(str(r) for planned in self.planned for r in planned.plan.refusals)
+
+
+def gradients_of(
+    fn: Callable[..., Any], inputs: Sequence[torch.Tensor], recorder: Recorder | None
+) -> list[torch.Tensor]:
+    """Outputs, then gradients of the inputs that require them, of a functional model.
+
+    Args:
+        fn: takes the inputs, returns the loss, or several outputs (which get fixed gradients).
+        inputs: float inputs get gradients if they require them.
+        recorder: compile with the passes; None runs `fn` as it is.
+    """
+    leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
+    if recorder is None:
+        made = fn(*leaves)
+    else:
+        torch._dynamo.reset()
+
+        def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+            return compile_outer_eager(gm, example_inputs, recorder)
+
+        made = torch.compile(fn, backend=backend, fullgraph=True, dynamic=False)(*leaves)
+    outputs = list(made) if isinstance(made, (tuple, list)) else [made]
+    wanted = [t for t in leaves if t.requires_grad]
+    results = [o.detach() for o in outputs]
+    if wanted and any(o.requires_grad for o in outputs):
+        live = [o for o in outputs if o.requires_grad]
+        starts = [
+            torch.linspace(0.5, 1.5, o.numel(), dtype=o.dtype).reshape(o.shape) for o in live
+        ]
+        starts = [s if s.dim() else torch.tensor(1.25, dtype=s.dtype) for s in starts]
+        grads = torch.autograd.grad(live, wanted, starts, allow_unused=True)
+        results += [torch.zeros(()) if g is None else g for g in grads]
+    return results
+
+
+def assert_close(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
+    """Equal up to the rounding of float64 sums in another order."""
+    assert len(got) == len(expected)
+    for index, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert a.dtype == b.dtype, index
+        tight = {"rtol": 1e-10, "atol": 1e-11} if a.dtype == torch.float64 else {}
+        torch.testing.assert_close(a, b, equal_nan=True, msg=lambda m, i=index: f"{i}: {m}", **tight)
