@@ -1,7 +1,7 @@
 """One line, a fraction of the memory: ``torch.compile(model, backend="mst")``.
 
-Public names: `mst_backend`, `Options`, `explain`, `last_report`, `Report`, `OptionError`, `DeferredOutputError`,
-`measure_peak`.
+Public names: `mst_backend`, `Options`, `explain`, `last_report`, `Report`, `OptionError`,
+`DeferredOutputError`, `measure_peak`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import passes
 _expected = Path(__file__).resolve().parent.parent / "passes"
 if passes.__file__ is None or Path(passes.__file__).resolve().parent != _expected:
     raise ImportError(
-        f"mstc needs its own package `passes` ({_expected}), but `import passes` found {passes.__file__}, which hides it. "
+        f"mstc needs its own package `passes` ({_expected}), but `import passes` found "
+        f"{passes.__file__}, which hides it. "
         "Rename that module, or take its folder off sys.path."
     )
 

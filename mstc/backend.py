@@ -24,7 +24,8 @@ def mst_backend(
         gm: the graph.
         example_inputs: its inputs.
         options: see `mstc.Options`; Inductor's options may stand beside ours.
-        mode: as for Inductor: "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs".
+        mode: as for Inductor: "default", "reduce-overhead", "max-autotune",
+            "max-autotune-no-cudagraphs".
 
     Raises:
         OptionError: an unknown or impossible option; the message names the known ones.

@@ -1,8 +1,8 @@
 """One compilation on one screen.
 
-    Dynamo graph --defer--> Dynamo graph without the logits
-                 --AOTAutograd--> joint graph --ChunkPass--> joint graph with loops
-                 --partitioner, Inductor--> a callable, wrapped so that deferred outputs come back
+Dynamo graph --defer--> Dynamo graph without the logits
+             --AOTAutograd--> joint graph --ChunkPass--> joint graph with loops
+             --partitioner, Inductor--> a callable, wrapped so that deferred outputs come back
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from torch.fx import Graph, GraphModule, Node
 import passes
 from mstc import history
 from mstc.errors import FallbackWarning
-from mstc.inductor import CustomGraphPass, compile_outer, compile_outer_eager, get_hash_for_files, without_duplicates
+from mstc.inductor import (
+    CustomGraphPass,
+    compile_outer,
+    compile_outer_eager,
+    get_hash_for_files,
+    without_duplicates,
+)
 from mstc.observe import Observer, dump
 from mstc.options import Options
 from mstc.report import Report, graph_report
@@ -34,7 +40,9 @@ log = logging.getLogger(__name__)
 
 _MIN_ROWS = {"cpu": 128, "cuda": 2048}  # measured: below these, matrix products slow down
 _SOURCES = tuple(
-    str(p) for package in (Path(passes.__file__).parent, Path(__file__).parent) for p in sorted(package.rglob("*.py"))
+    str(p)
+    for package in (Path(passes.__file__).parent, Path(__file__).parent)
+    for p in sorted(package.rglob("*.py"))
 )
 
 
@@ -48,7 +56,8 @@ def _replace_contents(graph: Graph, new: Graph) -> None:
 
 
 class ChunkPass(CustomGraphPass):
-    """Our place in Inductor: sees every joint graph, and every inference graph, before it does anything to it."""
+    """Our place in Inductor: sees every joint graph, and every inference graph, before it does
+    anything to it."""
 
     def __init__(self, options: Options, report: Report) -> None:
         self.options = options
@@ -62,7 +71,9 @@ class ChunkPass(CustomGraphPass):
 
     def plan_options(self, graph: Graph) -> PlanOptions:
         kinds = {
-            n.meta["val"].device.type for n in graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)
+            n.meta["val"].device.type
+            for n in graph.nodes
+            if isinstance(n.meta.get("val"), torch.Tensor)
         }
         default = max((_MIN_ROWS.get(k, _MIN_ROWS["cpu"]) for k in kinds), default=_MIN_ROWS["cpu"])
         return PlanOptions(
@@ -73,7 +84,7 @@ class ChunkPass(CustomGraphPass):
         )
 
     def __call__(self, graph: Graph) -> None:
-        lowering = {"kind": self.options.lowering, "config": dict(self.options.inductor)}
+        lowering = {"kind": self.options.lowering, "config": self.options.body_config()}
         try:
             planned = passes.run_passes(
                 without_duplicates(graph),
@@ -85,9 +96,10 @@ class ChunkPass(CustomGraphPass):
             )
         except Exception as error:  # a mistake of ours must not cost the user the run
             log.debug("a pass failed", exc_info=True)
-            self.report.notes.append(f"a graph was left untouched: {type(error).__name__}: {error}")
+            self.report.notes.append(f"a graph was left as it was: {type(error).__name__}: {error}")
             warnings.warn(
-                f'backend="mst" left a graph as it was, because a pass failed ({type(error).__name__}: {error}). '
+                f'backend="mst" left a graph as it was, because a pass failed '
+                f"({type(error).__name__}: {error}). "
                 "Training goes on as with Inductor. Please report this.",
                 FallbackWarning,
                 stacklevel=2,
@@ -110,12 +122,15 @@ def _deferred(gm: GraphModule, options: Options, report: Report) -> DeferResult 
     for output in result.deferred:
         shape = "x".join(map(str, output.shape))
         report.deferred.append(
-            f"output {', '.join(map(str, output.indices))} ({shape}, {output.nbytes / 2**20:.1f} MiB) at {output.source}"
+            f"output {', '.join(map(str, output.indices))} "
+            f"({shape}, {output.nbytes / 2**20:.1f} MiB) at {output.source}"
         )
     if not result.deferred:
         return None
     for old, new in zip(
-        gm.graph.find_nodes(op="placeholder"), result.graph_module.graph.find_nodes(op="placeholder"), strict=True
+        gm.graph.find_nodes(op="placeholder"),
+        result.graph_module.graph.find_nodes(op="placeholder"),
+        strict=True,
     ):
         if hasattr(old, "_dynamo_source"):  # AOTAutograd reads from it which inputs are parameters
             new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
@@ -131,7 +146,9 @@ def analyze_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Optio
     return report
 
 
-def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+def compile_graph(
+    gm: GraphModule, example_inputs: Sequence[Any], options: Options
+) -> Callable[..., Any]:
     """Compile one Dynamo graph.
 
     Args:

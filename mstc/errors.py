@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 class OptionError(ValueError):
-    """``options=`` or ``mode=`` of ``torch.compile`` has an unknown key, a wrong type or an impossible value."""
+    """``options=`` or ``mode=`` of ``torch.compile`` has an unknown key, a wrong type or an
+    impossible value."""
 
 
 class DeferredOutputError(RuntimeError):
@@ -16,4 +17,5 @@ class BodyCompilationWarning(UserWarning):
 
 
 class FallbackWarning(UserWarning):
-    """A graph could not be rewritten and was compiled as `torch.compile` would without this backend."""
+    """A graph could not be rewritten and was compiled as `torch.compile` would without this
+    backend."""

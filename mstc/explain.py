@@ -15,11 +15,14 @@ from mstc.options import parse_options
 from mstc.report import Report
 
 
-def explain(model: Callable[..., Any], *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Report:
-    """Analyse one call ``model(*args, **kwargs)`` as ``torch.compile(model, backend="mst")`` would compile it.
+def explain(
+    model: Callable[..., Any], *args: Any, options: dict[str, Any] | None = None, **kwargs: Any
+) -> Report:
+    """Analyse one call ``model(*args, **kwargs)`` as ``torch.compile(model, backend="mst")`` would
+    compile it.
 
-    Nothing is computed: the call runs on fake tensors, which have shapes and no data, so a size that would not fit is
-    explained as well. Gradients are taken to be wanted if they are enabled.
+    Nothing is computed: the call runs on fake tensors, which have shapes and no data, so a size
+    that would not fit is explained as well. Gradients are taken to be wanted if they are enabled.
 
     Args:
         model: a module or a function.
@@ -27,7 +30,8 @@ def explain(model: Callable[..., Any], *args: Any, options: dict[str, Any] | Non
         options: as for ``torch.compile``.
 
     Returns:
-        the intermediate-memory table, regions, refusals and predicted peaks, of all graphs of the call; ``print`` it.
+        the intermediate-memory table, regions, refusals and predicted peaks, of all graphs of the
+        call; ``print`` it.
     """
     parsed = parse_options(options, None)
     merged = Report()

@@ -1,4 +1,5 @@
-"""The reports of this process, newest last; bounded, so that a long run with many graphs does not grow."""
+"""The reports of this process, newest last; bounded, so that a long run with many graphs does not
+grow."""
 
 from __future__ import annotations
 
@@ -24,5 +25,7 @@ def last_report() -> Report:
         LookupError: nothing was compiled with ``backend="mst"`` in this process yet.
     """
     if not _REPORTS:
-        raise LookupError('nothing was compiled with backend="mst" yet: call the compiled model once, then ask.')
+        raise LookupError(
+            'nothing was compiled with backend="mst" yet: call the compiled model once, then ask.'
+        )
     return _REPORTS[-1]

@@ -1,4 +1,5 @@
-"""Everything that reaches into PyTorch's private parts to compile, in one file, with the reason for each import.
+"""Everything that reaches into PyTorch's private parts to compile, in one file, with the reason for
+each import.
 
 Works with torch 2.11 to 2.13.
 """
@@ -7,23 +8,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any, cast, get_origin
 
 import sympy
 import torch
 import torch._inductor.config as inductor_config
-from torch._dynamo.backends.common import aot_autograd  # AOTAutograd as a backend, for the lowering without Inductor
+from torch._dynamo.backends.common import (
+    aot_autograd,
+)  # AOTAutograd as a backend, for the lowering without Inductor
 from torch._dynamo.source import ConstantSource  # names the symbols of a body's sizes
 from torch._functorch.compile_utils import fx_graph_cse  # what the partitioner does first
-from torch._functorch.partitioners import min_cut_rematerialization_partition  # the partitioner Inductor uses
+from torch._functorch.partitioners import (
+    min_cut_rematerialization_partition,
+)  # the partitioner Inductor uses
 from torch._guards import TracingContext, tracing  # a body is compiled in a context of its own
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner  # the outer graph; one aten graph
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files  # the hook, and its cache key
+from torch._inductor.compile_fx import (
+    compile_fx,
+    compile_fx_inner,
+)  # the outer graph; one aten graph
+from torch._inductor.custom_graph_pass import (
+    CustomGraphPass,
+    get_hash_for_files,
+)  # the hook, and its cache key
 from torch._inductor.decomposition import select_decomp_table  # same ops for both lowerings
-from torch._inductor.fx_passes.joint_graph import joint_graph_passes  # what Inductor does before partitioning
+from torch._inductor.fx_passes.joint_graph import (
+    joint_graph_passes,
+)  # what Inductor does before partitioning
 from torch._inductor.virtualized import V  # where Inductor finds the fake mode
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule
+from torch.fx.graph import _BoxedCodeGen  # frees dead intermediates
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv  # symbolic sizes of a body
 
@@ -35,6 +49,7 @@ __all__ = [
     "compile_outer_eager",
     "get_hash_for_files",
     "hide_autocast",
+    "inductor_option_type",
     "known_inductor_options",
     "mode_options",
     "without_duplicates",
@@ -44,7 +59,8 @@ Tensors = list[torch.Tensor]
 
 
 def without_duplicates(graph: Graph) -> Graph:
-    """A copy in which equal computations are done once, as AOTAutograd's partitioner will have it."""
+    """A copy in which equal computations are done once, as AOTAutograd's partitioner will have
+    it."""
     return fx_graph_cse(graph)
 
 
@@ -56,6 +72,12 @@ def hide_autocast() -> AbstractContextManager[object]:
 def known_inductor_options() -> frozenset[str]:
     """The names that ``torch.compile(options=...)`` may set for Inductor."""
     return frozenset(inductor_config.get_config_copy())
+
+
+def inductor_option_type(name: str) -> type:
+    """The type of an Inductor option, `object` where Inductor itself does not check it."""
+    wanted = inductor_config.get_type(name)
+    return wanted if isinstance(wanted, type) and get_origin(wanted) is None else object
 
 
 def mode_options(mode: str) -> dict[str, object]:
@@ -121,7 +143,10 @@ def compile_body(
         open_sizes[i] = shape_env.create_symintnode(symbol, hint=sizes[i], source=source)
     all_sizes = [open_sizes.get(i, s) for i, s in enumerate(sizes)]
     with mode:
-        fakes = [_fake(t, dims, all_sizes, frozenset(open_sizes)) for t, dims in zip(tensors, shapes, strict=True)]
+        fakes = [
+            _fake(t, dims, all_sizes, frozenset(open_sizes))
+            for t, dims in zip(tensors, shapes, strict=True)
+        ]
     arguments = [*open_sizes.values(), *fakes]
 
     def call(*args: Any) -> Sequence[torch.Tensor]:
@@ -139,7 +164,9 @@ def compile_body(
             graph = make_fx(call)(*arguments)
         graph = joint_graph_passes(graph)
         (output,) = graph.graph.find_nodes(op="output")
-        output.meta["user_visible_output_idxs"] = []  # no layout is asked for: the loop takes any strides
+        output.meta[
+            "user_visible_output_idxs"
+        ] = []  # no layout is asked for: the loop takes any strides
         compiled = compile_fx_inner(graph, arguments, is_inference=True)
     symbols = tuple(s.node.expr for s in open_sizes.values())
     guards = [g.expr for g in shape_env.guards]
@@ -149,10 +176,15 @@ def compile_body(
 
 
 def _fake(
-    tensor: torch.Tensor, dims: Sequence[Sequence[int]], sizes: Sequence[Any], dynamic: frozenset[int]
+    tensor: torch.Tensor,
+    dims: Sequence[Sequence[int]],
+    sizes: Sequence[Any],
+    dynamic: frozenset[int],
 ) -> torch.Tensor:
     if not any(i in dynamic for dim in dims for i in dim):
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        return torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+        )
     shape: list[Any] = []
     for dim in dims:
         total: Any = 1
@@ -163,21 +195,31 @@ def _fake(
 
 
 def compile_outer(
-    gm: GraphModule, example_inputs: Sequence[Any], graph_pass: CustomGraphPass | None, config: Mapping[str, object]
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    graph_pass: CustomGraphPass | None,
+    config: Mapping[str, object],
 ) -> Callable[..., Any]:
-    """Compile a Dynamo graph with Inductor, with `graph_pass` run on its joint (or inference) graph."""
+    """Compile a Dynamo graph with Inductor, with `graph_pass` run on its joint (or inference)
+    graph."""
     patches = dict(config)
     if graph_pass is not None:
         patches["joint_custom_pre_pass"] = graph_pass
-    return cast("Callable[..., Any]", compile_fx(gm, list(example_inputs), config_patches=cast("Any", patches)))
+    return cast(
+        "Callable[..., Any]",
+        compile_fx(gm, list(example_inputs), config_patches=cast("Any", patches)),
+    )
 
 
 def compile_outer_eager(
     gm: GraphModule, example_inputs: Sequence[Any], graph_pass: CustomGraphPass | None
 ) -> Callable[..., Any]:
-    """The same road without Inductor: AOTAutograd, our pass, the partitioner, then the graphs run op by op."""
+    """The same road without Inductor: AOTAutograd, our pass, the partitioner, then the graphs run
+    op by op."""
 
-    def partition(joint: GraphModule, inputs: Sequence[object], **kwargs: Any) -> tuple[GraphModule, GraphModule]:
+    def partition(
+        joint: GraphModule, inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[GraphModule, GraphModule]:
         if graph_pass is not None:
             graph_pass(joint.graph)
             joint.recompile()
@@ -206,6 +248,6 @@ def compile_outer_eager(
 
 def _boxed(graph: GraphModule) -> Callable[[list[Any]], Any]:
     """The calling convention that lets intermediates be freed as soon as they are dead."""
-    graph.graph.set_codegen(torch.fx.graph._BoxedCodeGen())
+    graph.graph.set_codegen(_BoxedCodeGen())
     graph.recompile()
     return graph

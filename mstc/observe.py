@@ -1,6 +1,7 @@
 """What hangs on the pipeline between passes: time it, log it, dump it.
 
-Passes know nothing of it. Dumps go to `torch._logging.trace_structured`, so tlparse shows them beside PyTorch's own.
+Passes know nothing of it. Dumps go to `torch._logging.trace_structured`, so tlparse shows them
+beside PyTorch's own.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class Observer:
 
 def dump(name: str, text: Callable[[], str], encoding: str = "string") -> None:
     """An artifact for tlparse; costs nothing when no trace is written."""
-    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=text)
+    trace_structured(
+        "artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=text
+    )
 
 
 def _describe(value: object) -> str:
@@ -49,7 +52,8 @@ def _describe(value: object) -> str:
         return str(value.graph)
     if isinstance(value, Plan):
         return "\n".join(
-            f"{p.mode}: {p.num_chunks} x {p.chunk} along axis {p.region.axis}, seed {p.region.seed}" for p in value.loops
+            f"{p.mode}: {p.num_chunks} x {p.chunk} along axis {p.region.axis}, seed {p.region.seed}"
+            for p in value.loops
         )
     if isinstance(value, tuple):
         lines: list[str] = []
@@ -57,7 +61,8 @@ def _describe(value: object) -> str:
             for entry in item if isinstance(item, list) else [item]:
                 if isinstance(entry, Region):
                     lines.append(
-                        f"region: seed {entry.seed}, axis {entry.axis} of {entry.length}, {entry.inside_bytes} bytes inside,"
+                        f"region: seed {entry.seed}, axis {entry.axis} of {entry.length}, "
+                        f"{entry.inside_bytes} bytes inside,"
                         f" {len(entry.forward)} forward and {len(entry.backward)} backward nodes"
                     )
                 elif isinstance(entry, Refusal):

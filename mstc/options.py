@@ -1,4 +1,5 @@
-"""What a user may ask for: one frozen dataclass, built from ``torch.compile(options=..., mode=...)``."""
+"""What a user may ask for: one frozen dataclass, built from ``torch.compile(options=...,
+mode=...)``."""
 
 from __future__ import annotations
 
@@ -9,23 +10,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mstc.errors import OptionError
-from mstc.inductor import known_inductor_options, mode_options
+from mstc.inductor import inductor_option_type, known_inductor_options, mode_options
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options of ``torch.compile(model, backend="mst", options={...})``; Inductor's own options may stand beside them."""
+    """Options of ``torch.compile(model, backend="mst", options={...})``; Inductor's own options may
+    stand beside them."""
 
     lowering: str = "inductor"
-    """"inductor" compiles the graph and the loop bodies (Triton on a GPU, C++ on a CPU); "eager" runs them op by op,
-    for debugging and fast tests."""
+    """"inductor" compiles the graph and the loop bodies (Triton on a GPU, C++ on a CPU); "eager"
+    runs them op by op, for debugging and fast tests."""
 
     chunk_rows: int | None = None
     """Rows (tokens of all sequences) per chunk; None lets the planner choose."""
 
     min_chunk_rows: int | None = None
-    """Rows per chunk below which the planner does not go, because matrix units would idle; None takes the device's
-    default (128 on a CPU, 2048 on a GPU)."""
+    """Rows per chunk below which the planner does not go, because matrix units would idle; None
+    takes the device's default (128 on a CPU, 2048 on a GPU)."""
 
     min_peak_bytes: int = 16 * 2**20
     """Predicted peak, in bytes, below which a graph is left untouched."""
@@ -34,11 +36,12 @@ class Options:
     """Bytes of the smallest value that may seed a region."""
 
     gradient_in_forward: bool = True
-    """Make a loss head's gradients in the forward loop where that is proven right; False recomputes always."""
+    """Make a loss head's gradients in the forward loop where that is proven right; False recomputes
+    always."""
 
     defer_outputs: bool = True
-    """Take outputs that only a curious caller reads (logits beside the loss) out of the graph; they are computed when
-    somebody looks."""
+    """Take outputs that only a curious caller reads (logits beside the loss) out of the graph; they
+    are computed when somebody looks."""
 
     min_deferred_bytes: int = 2**20
     """Bytes of the smallest output that is deferred."""
@@ -46,16 +49,26 @@ class Options:
     inductor: Mapping[str, object] = field(default_factory=dict)
     """Options that were Inductor's; filled from ``options=`` and ``mode=``."""
 
+    def body_config(self) -> dict[str, object]:
+        """Inductor's options for loop bodies: not the user's graph passes, which are for the whole graph, and no CUDA
+        graph of a body's own, since a body may run while one of the whole graph is recorded."""
+        plain = {k: v for k, v in self.inductor.items() if isinstance(v, (bool, int, float, str))}
+        return plain | ({"triton.cudagraphs": False} if "triton.cudagraphs" in plain else {})
+
     def __post_init__(self) -> None:
         if self.lowering not in ("inductor", "eager"):
-            raise OptionError(f'options["lowering"] is {self.lowering!r}; it must be "inductor" or "eager".')
+            raise OptionError(
+                f'options["lowering"] is {self.lowering!r}; it must be "inductor" or "eager".'
+            )
         for name in ("chunk_rows", "min_chunk_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(f'options["{name}"] is {value}; it must be at least 1.')
         for name in ("min_peak_bytes", "min_region_bytes", "min_deferred_bytes"):
             if getattr(self, name) < 0:
-                raise OptionError(f'options["{name}"] is {getattr(self, name)}; it must not be negative.')
+                raise OptionError(
+                    f'options["{name}"] is {getattr(self, name)}; it must not be negative.'
+                )
 
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -70,6 +83,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
+_TAKEN = {
+    "joint_custom_pre_pass": "use joint_custom_post_pass, or call your pass in a backend of your own."
+}
+
+
 def parse_options(options: Mapping[str, Any] | None, mode: str | None) -> Options:
     """Validate what the user gave.
 
@@ -78,7 +96,8 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None) -> Option
         mode: the ``mode=`` string, Inductor's meaning.
 
     Raises:
-        OptionError: an unknown key, a wrong type, an impossible value, an unknown mode. The message names the known ones.
+        OptionError: an unknown key, a wrong type, an impossible value, an unknown mode. The message
+            names the known ones.
     """
     own: dict[str, Any] = {}
     inductor: dict[str, object] = {}
@@ -88,6 +107,8 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None) -> Option
         except RuntimeError as error:
             raise OptionError(f"mode={mode!r}: {error}") from None
     known_inductor = known_inductor_options()
+    if options is not None and not isinstance(options, Mapping):
+        raise OptionError(f"options is {options!r}; it must be a dict.")
     for key, value in (options or {}).items():
         if key in _TYPES:
             allowed = _TYPES[key]
@@ -95,8 +116,17 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None) -> Option
                 names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
                 raise OptionError(f'options["{key}"] is {value!r}; it must be of type {names}.')
             own[key] = value
-        elif str(key).replace("-", "_") in known_inductor:
-            inductor[str(key).replace("-", "_")] = value
+        elif (name := str(key).replace("-", "_")) in known_inductor:
+            wanted = inductor_option_type(name)
+            if not isinstance(value, wanted):
+                raise OptionError(
+                    f'options["{key}"] is {value!r}; Inductor wants it to be of type {wanted.__name__}.'
+                )
+            if name in _TAKEN:
+                raise OptionError(
+                    f'options["{key}"] is what backend="mst" itself uses; {_TAKEN[name]}'
+                )
+            inductor[name] = value
         else:
             near = difflib.get_close_matches(str(key), [*_TYPES, *known_inductor], n=3)
             guess = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

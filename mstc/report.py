@@ -1,7 +1,7 @@
 """What was found, planned and refused, as text and as JSON.
 
-A report covers one compiled model call: one `GraphReport` per joint (or inference) graph, in order of compilation.
-`last_report` gives the latest; `explain` makes one for a model call.
+A report covers one compiled model call: one `GraphReport` per joint (or inference) graph, in order
+of compilation. `last_report` gives the latest; `explain` makes one for a model call.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class Report:
 
     graphs: list[GraphReport] = field(default_factory=list)
     deferred: list[str] = field(default_factory=list)  # outputs that left the graph
-    refusals: list[Refusal] = field(default_factory=list)  # outputs that did not, bodies that fell back
+    refusals: list[Refusal] = field(
+        default_factory=list
+    )  # outputs that did not, bodies that fell back
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
@@ -83,7 +85,9 @@ def _rows(plan: Plan, *, after: bool) -> tuple[TableRow, ...]:
     for buffer in live.at(live.peak_step):
         sums[(buffer.op, buffer.source)] += buffer.nbytes
         counts[(buffer.op, buffer.source)] += 1
-    return tuple(TableRow(op, src, n, counts[(op, src)]) for (op, src), n in sums.most_common(_TABLE_ROWS))
+    return tuple(
+        TableRow(op, src, n, counts[(op, src)]) for (op, src), n in sums.most_common(_TABLE_ROWS)
+    )
 
 
 def graph_report(plan: Plan, *, training: bool, note: str = "") -> GraphReport:
@@ -91,7 +95,14 @@ def graph_report(plan: Plan, *, training: bool, note: str = "") -> GraphReport:
     loops: dict[tuple[Any, ...], list[int]] = {}
     for loop in plan.loops:
         region = loop.region
-        key = (op_name(region.seed), source_of(region.seed), loop.mode, region.length, loop.chunk, loop.num_chunks)
+        key = (
+            op_name(region.seed),
+            source_of(region.seed),
+            loop.mode,
+            region.length,
+            loop.chunk,
+            loop.num_chunks,
+        )
         loops.setdefault(key, []).append(region.inside_bytes)
     return GraphReport(
         kind="training" if training else "inference",
@@ -99,7 +110,10 @@ def graph_report(plan: Plan, *, training: bool, note: str = "") -> GraphReport:
         peak_after=plan.peak_after,
         table=_rows(plan, after=False),
         table_after=_rows(plan, after=True),
-        loops=tuple(LoopReport(*key, inside_bytes=sum(sizes), count=len(sizes)) for key, sizes in loops.items()),
+        loops=tuple(
+            LoopReport(*key, inside_bytes=sum(sizes), count=len(sizes))
+            for key, sizes in loops.items()
+        ),
         refusals=plan.refusals,
         note=note,
     )
@@ -122,7 +136,10 @@ def render(report: Report) -> str:
             lines.append(f"  predicted peak {_mib(graph.peak_before)}; left untouched")
         else:
             lines.append(f"  predicted peak {_mib(graph.peak_before)} -> {_mib(graph.peak_after)}")
-        lines.append("  intermediate memory at the peak, before" + ("" if graph.untouched else " (and after)"))
+        lines.append(
+            "  intermediate memory at the peak, before"
+            + ("" if graph.untouched else " (and after)")
+        )
         tables = [graph.table] if graph.untouched else [graph.table, graph.table_after]
         for table in tables:
             for row in table:
@@ -132,7 +149,8 @@ def render(report: Report) -> str:
         for loop in graph.loops:
             many = f" x{loop.count}" if loop.count > 1 else ""
             lines.append(
-                f"  loop{many}: {loop.num_chunks} chunks of {loop.chunk} along an axis of {loop.axis_length}, "
+                f"  loop{many}: {loop.num_chunks} chunks of {loop.chunk} "
+                f"along an axis of {loop.axis_length}, "
                 f"{loop.mode}, keeps {_mib(loop.inside_bytes)} from being alive at once"
             )
             lines.append(f"    from {loop.seed} at {loop.source}")

@@ -1,17 +1,19 @@
 """The passes, in order: graph -> facts -> plan -> graph.
 
     shift     cuts of wide values move to what these are made from                `passes.shift`
-    axes      which dims are the same axis, and what every op does to them        `passes.axes`, `passes.rules`
+    axes      which dims are the same axis, and what every op does to them        `passes.axes`,
+              `passes.rules`
     regions   convex sets of nodes with a large inside and a small boundary       `passes.regions`
     plan      which regions, in which mode, how many chunks                       `passes.plan`
         liveness  who is alive when, where the peak is                            `passes.liveness`
-        modes     recompute, or gradients in the forward                          `passes.modes`, `passes.linear`
+        modes     recompute, or gradients in the forward                          `passes.modes`,
+                  `passes.linear`
         body      one chunk's work as a graph of its own                          `passes.body`
         chunk     a new graph, with loops in place of regions                     `passes.chunk`
     verify    the new graph says what the old one said                            `passes.verify`
 
-Before these, on the graph as Dynamo made it: `passes.defer` takes outputs out that the caller probably drops.
-Everything here is a pure function of its arguments; nothing here imports `mstc`.
+Before these, on the graph as Dynamo made it: `passes.defer` takes outputs out that the caller
+probably drops. Everything here is a pure function of its arguments; nothing here imports `mstc`.
 """
 
 from __future__ import annotations

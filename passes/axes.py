@@ -2,25 +2,29 @@
 
 Terms
     axis       an *atomic* axis: an index space with a size. Named by an integer.
-    product    an ordered tuple of axes, outermost first: what one dim of a tensor is made of, as in einops'
-               ``(b s) h``. A dim of size one is the empty product.
-    role       what an op does along an axis: ``parallel`` (the op on slices is the slice of the op), ``sum`` (the
-               op adds over the axis) or ``entangled`` (anything else, so no loop may run along it).
+    product    an ordered tuple of axes, outermost first: what one dim of a tensor is made of, as in
+               einops' ``(b s) h``. A dim of size one is the empty product.
+    role       what an op does along an axis: ``parallel`` (the op on slices is the slice of the
+               op), ``sum`` (the op adds over the axis) or ``entangled`` (anything else, so no loop
+               may run along it).
 
 Algorithm
     1. Graph inputs get fresh axes, one per dim that is not of size one.
-    2. Every op's rule (`passes.rules`) relates its operands: pointwise ops *unify* dims, ``view`` regroups
-       products, ``permute`` reorders, ``mm`` contracts, ``sum`` reduces.
-    3. Unifying two products splits an axis where one side is finer than the other (*refinement*), so axes are kept in
-       a union-find whose roots may expand into a product.
+    2. Every op's rule (`passes.rules`) relates its operands: pointwise ops *unify* dims, ``view``
+       regroups products, ``permute`` reorders, ``mm`` contracts, ``sum`` reduces.
+    3. Unifying two products splits an axis where one side is finer than the other (*refinement*),
+       so axes are kept in a union-find whose roots may expand into a product.
 
-Sizes alone prove nothing: two axes of equal length stay different until an op equates them. An axis analysis is a set
-of facts about alignment only; that a loop along an axis is right follows from the per-op roles (see `passes.regions`).
+Sizes alone prove nothing: two axes of equal length stay different until an op equates them. An axis
+analysis is a set of facts about alignment only; that a loop along an axis is right follows from the
+per-op roles (see `passes.regions`).
 
-Not handled: ops without a rule (their outputs get fresh axes, and every axis of the op is entangled); a ``view``
-that regroups across factors which no integer division separates; sizes known only at run time (unbacked).
+Not handled: ops without a rule (their outputs get fresh axes, and every axis of the op is
+entangled); a ``view`` that regroups across factors which no integer division separates; sizes known
+only at run time (unbacked).
 
-Source: the named-axis view of einops (Rogozhnikov, ICLR 2022) and of sharding propagation (GSPMD, Xu et al. 2021).
+Source: the named-axis view of einops (Rogozhnikov, ICLR 2022) and of sharding propagation (GSPMD,
+    Xu et al. 2021).
 """
 
 from __future__ import annotations
@@ -54,7 +58,7 @@ def size_product(sizes: Iterable[Size]) -> Size:
         total = total * size
     if isinstance(total, sympy.Expr):
         total = sympy.expand(total)
-        return int(total) if total.is_Integer else total
+        return int(total) if isinstance(total, sympy.Integer) else total
     return total
 
 
@@ -125,8 +129,8 @@ class AxisTable:
                 return False
 
     def regroup(self, axes: Product, sizes: Sequence[Size]) -> Dims | None:
-        """Deal `axes`, outermost first, into dims of the given sizes (what ``view`` does), refining where a dim ends
-        inside an axis. None when a dim ends where no whole factor does."""
+        """Deal `axes`, outermost first, into dims of the given sizes (what ``view`` does), refining
+        where a dim ends inside an axis. None when a dim ends where no whole factor does."""
         queue = list(self.resolve(axes))
         dims: list[Product] = []
         for size in sizes:
@@ -265,7 +269,8 @@ def analyze_axes(graph: Graph, find_rule: Callable[[Node], Rule | None]) -> Axes
 
 
 def _checked(call: OpCall, op: OpAxes) -> OpAxes | None:
-    """A rule's dims must have the sizes that tracing found, or the op counts as one without a rule."""
+    """A rule's dims must have the sizes that tracing found, or the op counts as one without a
+    rule."""
     if len(op.outputs) != len(call.outputs):
         return None
     for dims, value in zip(op.outputs, call.outputs, strict=True):
@@ -274,6 +279,8 @@ def _checked(call: OpCall, op: OpAxes) -> OpAxes | None:
         if dims is not None and value is not None:
             if len(dims) != value.dim():
                 return None
-            if any(call.table.size(p) != as_size(s) for p, s in zip(dims, value.shape, strict=True)):
+            if any(
+                call.table.size(p) != as_size(s) for p, s in zip(dims, value.shape, strict=True)
+            ):
                 return None
     return op

@@ -1,26 +1,29 @@
 """The body of a loop: the part of a region that one chunk runs, as a graph of its own.
 
 Terms
-    boundary input   a value from outside that the body reads: *split* (each chunk gets its slice) or *whole*.
-    prelude          cheap outside nodes that are computed again inside, because their inputs are a better boundary: views (so
-                     that the storage itself is passed), constants, small tangent-dependent values (so that a tangent
-                     enters as the scalar that it is made from), and pointwise values that would only be kept for the
-                     loop while what they are made from is kept anyhow (`passes.modes`).
-    accumulator      an output that is a sum over the loop axis. A matrix product over the loop axis leaves the body as its
-                     two operands, and the loop adds their product in place, which spares a buffer of the result's size.
+    boundary input   a value from outside that the body reads: *split* (each chunk gets its slice)
+                     or *whole*.
+    prelude          cheap outside nodes that are computed again inside, because their inputs are a
+                     better boundary: views (so that the storage itself is passed), constants, small
+                     tangent-dependent values (so that a tangent enters as the scalar that it is
+                     made from), and pointwise values that would only be kept for the loop while
+                     what they are made from is kept anyhow (`passes.modes`).
+    accumulator      an output that is a sum over the loop axis. A matrix product over the loop axis
+                     leaves the body as its two operands, and the loop adds their product in place,
+                     which spares a buffer of the result's size.
 
-The body takes the sizes of its axes as arguments, the loop axis' being the chunk's, so that one text serves any
-length; explicit sizes (``view``, ``expand``, ``full``) are rewritten in terms of them. Names and order are canonical: equal layers
-give equal text, and are compiled once.
+The body takes the sizes of its axes as arguments, the loop axis' being the chunk's, so that one
+text serves any length; explicit sizes (``view``, ``expand``, ``full``) are rewritten in terms of
+them. Names and order are canonical: equal layers give equal text, and are compiled once.
 """
 
 from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch.fx import Graph, Node
@@ -80,6 +83,12 @@ def _is_passthrough(node: Node, axes: Axes) -> bool:
     return packet is aten.slice and axes.dims(node) == axes.dims(node.all_input_nodes[0])
 
 
+def _accumulate(node: Node) -> torch.dtype:
+    """The dtype in which a sum over chunks is added up."""
+    dtype = node.meta["val"].dtype
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
 class _BodyBuilder:
     def __init__(
         self,
@@ -109,14 +118,18 @@ class _BodyBuilder:
     def product(self, product: Product) -> tuple[int, ...]:
         return tuple(self.index.setdefault(a, len(self.index)) for a in product)
 
-    # -- what is computed inside ---------------------------------------------------------------------------------
+    # -- what is computed inside
+    # ---------------------------------------------------------------------------------
 
     def computed(self, node: Node) -> bool:
         if node.op != "call_function":
             return False
         if node in self.inside:
             return True
-        if any(self.is_symbolic(a) for a in node.all_input_nodes) and rules.size_argument(node) is None:
+        if (
+            any(self.is_symbolic(a) for a in node.all_input_nodes)
+            and rules.size_argument(node) is None
+        ):
             return False
         role = self.axes.role(node, self.axis)
         if role not in ("absent", "parallel") or self.axes.axes(node).count(self.axis) > 1:
@@ -133,10 +146,11 @@ class _BodyBuilder:
     def is_symbolic(node: Node) -> bool:
         return not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list))
 
-    # -- emission ------------------------------------------------------------------------------------------------
+    # -- emission
 
     def order(self, roots: Iterable[Node]) -> list[Node]:
-        """Inside nodes that the roots need, inputs first; depth first, so that equal regions agree."""
+        """Inside nodes that the roots need, inputs first; depth first, so that equal regions
+        agree."""
         seen: set[Node] = set()
         out: list[Node] = []
         stack: list[tuple[Node, bool]] = [(r, False) for r in reversed(list(roots))]
@@ -168,21 +182,34 @@ class _BodyBuilder:
         if _is_passthrough(node, self.axes):
             return self.map[node.all_input_nodes[0]]
         size_at = rules.size_argument(node)
+        target = cast("Callable[..., object]", node.target)
         if size_at is None:
             if any(self.is_symbolic(i) for i in node.all_input_nodes):
                 raise BodyError(f"{op_name(node)} reads a size that is known at run time only")
             args = torch.fx.map_arg(node.args, self.map.__getitem__)
-            return self.graph.call_function(node.target, args, torch.fx.map_arg(node.kwargs, self.map.__getitem__))
+            kwargs = torch.fx.map_arg(node.kwargs, self.map.__getitem__)
+            if (
+                getattr(node.target, "overloadpacket", None) is aten.sum
+                and self.axes.role(node, self.axis) == "sum"
+            ):
+                kwargs = {
+                    **kwargs,
+                    "dtype": _accumulate(node),
+                }  # a chunk's sum is not rounded before it is added
+            return self.graph.call_function(target, args, kwargs)
         shape = [self.size(p, sizes) for p in self.axes.dims(node)]
         if rules.is_reshape(node):
             # reshape, not view: a slice is contiguous where the whole may have had other strides
-            return self.graph.call_function(aten.reshape.default, (self.map[node.all_input_nodes[0]], shape))
+            return self.graph.call_function(
+                aten.reshape.default, (self.map[node.all_input_nodes[0]], shape)
+            )
         args = list(node.args)
         args[size_at] = shape
-        keep = {i: a for i, a in enumerate(args) if i != size_at}
-        done = torch.fx.map_arg(keep, self.map.__getitem__)
-        full = tuple(shape if i == size_at else done[i] for i in range(len(args)))
-        return self.graph.call_function(node.target, full, dict(node.kwargs))
+        others = (
+            a if i == size_at else torch.fx.map_arg(a, self.map.__getitem__)
+            for i, a in enumerate(args)
+        )
+        return self.graph.call_function(target, tuple(others), dict(node.kwargs))
 
     def build(self, outputs: Sequence[Node]) -> Body:
         described: list[tuple[Node, OutputKind]] = []
@@ -190,7 +217,9 @@ class _BodyBuilder:
         for node in outputs:
             kind: OutputKind = "split"
             if self.axes.role(node, self.axis) == "sum":
-                kind = "matmul" if getattr(node.target, "overloadpacket", None) is aten.mm else "sum"
+                kind = (
+                    "matmul" if getattr(node.target, "overloadpacket", None) is aten.mm else "sum"
+                )
             described.append((node, kind))
             roots.extend(node.all_input_nodes if kind == "matmul" else [node])
         order = self.order(roots)
@@ -211,13 +240,20 @@ class _BodyBuilder:
             self.map[node] = self.emit(node, sizes)
         results: list[Node] = []
         for node, kind in described:
-            results.extend([self.map[i] for i in node.args[:2]] if kind == "matmul" else [self.map[node]])  # type: ignore[index]
+            operands = node.all_input_nodes if kind == "matmul" else [node]
+            # a product of a value with itself has one input node and two operands
+            results.extend(
+                self.map[i]
+                for i in (operands * 2 if len(operands) == 1 and kind == "matmul" else operands)
+            )
         self.graph.output(tuple(results))
         self.graph.lint()
         made = tuple(self._describe(node, kind) for node, kind in described)
         spec = {
             "body": self.graph.python_code("self").src,
-            "inputs": [{"slice": self._slicing(self.axes.dims(n)), "dims": self.dims(n)} for n in boundary],
+            "inputs": [
+                {"slice": self._slicing(self.axes.dims(n)), "dims": self.dims(n)} for n in boundary
+            ],
             "outputs": [
                 {
                     "kind": o.kind,
@@ -239,7 +275,8 @@ class _BodyBuilder:
         )
 
     def _slicing(self, dims: Dims) -> list[object] | None:
-        """[dim, factors, position]: the dim that holds the loop axis, its factors, and where among them the axis is."""
+        """[dim, factors, position]: the dim that holds the loop axis, its factors, and where among
+        them the axis is."""
         for dim, product in enumerate(dims):
             if self.axis in product:
                 return [dim, list(self.product(product)), product.index(self.axis)]
@@ -247,9 +284,7 @@ class _BodyBuilder:
 
     def _describe(self, node: Node, kind: OutputKind) -> BodyOutput:
         value = node.meta["val"]
-        accumulate: torch.dtype = value.dtype
-        if kind != "split" and value.dtype in (torch.bfloat16, torch.float16):
-            accumulate = torch.float32
+        accumulate: torch.dtype = value.dtype if kind == "split" else _accumulate(node)
         strides = [int(s) if isinstance(s, int) else s.node.hint for s in value.stride()]
         order = tuple(range(value.dim()))
         if kind == "split":
@@ -279,7 +314,8 @@ def build_body(
         prelude: further outside nodes to compute again.
 
     Raises:
-        BodyError: a size that only run time knows is read inside, or a boundary input has the axis twice.
+        BodyError: a size that only run time knows is read inside, or a boundary input has the axis
+            twice.
     """
     narrow = nbytes(seed.meta.get("val")) / _NARROW
     return _BodyBuilder(axes, axis, inside, prelude, tangent, narrow).build(outputs)

@@ -1,20 +1,22 @@
 """A new graph in which every planned region is one forward loop node and one backward loop node.
 
-The one hard idea: a region's nodes leave the graph, and what outside nodes read of them is read from a loop node instead.
-A region is convex, so the loop node has a place: after all that it reads and before all that reads it. The new order is a
-stable topological sort in which a loop stands where the last of its nodes stood.
+The one hard idea: a region's nodes leave the graph, and what outside nodes read of them is read
+from a loop node instead. A region is convex, so the loop node has a place: after all that it reads
+and before all that reads it. The new order is a stable topological sort in which a loop stands
+where the last of its nodes stood.
 
 Steps
     1. For every plan, write the bodies (`passes.modes`, `passes.body`).
     2. Sort the units (nodes that stay, loops) topologically.
-    3. Copy what stays; for a loop emit one call of the loop op, a ``getitem`` per output, and a cast where a sum was
-       accumulated in a wider type, or a product with the tangent where gradients were made in the forward.
+    3. Copy what stays; for a loop emit one call of the loop op, a ``getitem`` per output, and a
+       cast where a sum was accumulated in a wider type, or a product with the tangent where
+       gradients were made in the forward.
     4. Drop what nobody reads any more.
 
 The input graph is never edited: to fall back is to drop the result.
 
-Not handled: a region whose boundary input is changed in place by the graph (``copy_`` to an input): the backward loop would read
-the new value. Such a region is refused (`mutated_inputs`).
+Not handled: a region whose boundary input is changed in place by the graph (``copy_`` to an input):
+the backward loop would read the new value. Such a region is refused (`mutated_inputs`).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import heapq
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import sympy
 import torch
@@ -72,13 +74,24 @@ def mutated_inputs(graph: Graph) -> set[Node]:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
         for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node):
+            if (
+                argument.alias_info is not None
+                and argument.alias_info.is_write
+                and isinstance(value, Node)
+            ):
                 found.add(value)
     return found
 
 
 class _Rewriter:
-    def __init__(self, graph: Graph, axes: Axes, plans: Mapping[LoopPlan, Bodies], loop_op: Callable[..., object], lowering: str) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        axes: Axes,
+        plans: Mapping[LoopPlan, Bodies],
+        loop_op: Callable[..., object],
+        lowering: str,
+    ) -> None:
         self.old = graph
         self.axes = axes
         self.loop_op = loop_op
@@ -90,7 +103,9 @@ class _Rewriter:
         self.owner: dict[Node, _Loop] = {}  # region output -> the loop that makes it
         self.inside: set[Node] = set()
         self.made: list[LoopNode] = []
-        self.units: dict[Node, Node] = {}  # gradient-in-forward: scalar -> its value for a tangent of one
+        self.units: dict[
+            Node, Node
+        ] = {}  # gradient-in-forward: scalar -> its value for a tangent of one
         for plan, bodies in plans.items():
             self.inside |= plan.region.nodes
             for body, is_backward in ((bodies.forward, False), (bodies.backward, True)):
@@ -100,7 +115,7 @@ class _Rewriter:
                     for out in body.outputs:
                         self.owner[out.node] = loop
 
-    # -- order ---------------------------------------------------------------------------------------------------
+    # -- order
 
     def reads(self, unit: Node | _Loop) -> list[Node]:
         if isinstance(unit, Node):
@@ -110,7 +125,10 @@ class _Rewriter:
             return [*unit.body.inputs]
         inputs = [n for n in unit.body.inputs if n not in chain and n is not unit.bodies.tangent]
         return inputs + [
-            i for n in chain for i in n.all_input_nodes if i not in chain and i is not unit.bodies.tangent
+            i
+            for n in chain
+            for i in n.all_input_nodes
+            if i not in chain and i is not unit.bodies.tangent
         ]
 
     def scheduled(self) -> list[Node | _Loop]:
@@ -121,7 +139,9 @@ class _Rewriter:
             if isinstance(unit, Node):
                 place[id(unit)] = self.order[unit]
             else:
-                own = [n for n in unit.body.nodes if n in unit.plan.region.forward] or list(unit.body.nodes)
+                own = [n for n in unit.body.nodes if n in unit.plan.region.forward] or list(
+                    unit.body.nodes
+                )
                 if unit.is_backward:
                     own = [o.node for o in unit.body.outputs]
                 place[id(unit)] = max(self.order[n] for n in own)
@@ -148,7 +168,7 @@ class _Rewriter:
         assert len(out) == len(units), "the regions are not convex"
         return out
 
-    # -- emission ------------------------------------------------------------------------------------------------
+    # -- emission
 
     def run(self) -> ChunkedGraph:
         for unit in self.scheduled():
@@ -159,21 +179,29 @@ class _Rewriter:
         self.new.eliminate_dead_code()
         self.new.lint()
         alive = set(self.new.nodes)
-        return ChunkedGraph(self.new, tuple(l for l in self.made if l.node in alive))
+        return ChunkedGraph(self.new, tuple(m for m in self.made if m.node in alive))
 
     def copy(self, node: Node, look: Callable[[Node], Node]) -> Node:
         new = self.new.node_copy(node, look)
         new.meta = dict(node.meta)
         return new
 
-    def call(self, like: Node, target: Callable[..., object], *args: object, backward: bool) -> Node:
+    def call(
+        self, like: Node, target: Callable[..., object], *args: object, backward: bool
+    ) -> Node:
         """A new call whose fake value comes from running it on the operands' fake values."""
-        node = self.new.call_function(target, args)
-        values = torch.fx.map_arg(args, lambda n: n.meta["val"])
+        node = self.new.call_function(target, cast("Any", args))
+        values = torch.fx.map_arg(cast("Any", args), lambda n: n.meta["val"])
         fake_mode = _fake_mode(like)
         with fake_mode:
             node.meta["val"] = target(*values)
-        for key in ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "seq_nr", "original_aten"):
+        for key in (
+            "stack_trace",
+            "nn_module_stack",
+            "fwd_nn_module_stack",
+            "seq_nr",
+            "original_aten",
+        ):
             if key in like.meta:
                 node.meta[key] = like.meta[key]
         node.meta["partitioner_tag"] = "is_backward" if backward else "is_forward"
@@ -186,7 +214,9 @@ class _Rewriter:
         if tangent not in self.units:
             value = tangent.meta["val"]
             one = self.new.call_function(
-                aten.full.default, (list(value.shape), 1), {"dtype": value.dtype, "device": value.device}
+                aten.full.default,
+                (list(value.shape), 1),
+                {"dtype": value.dtype, "device": value.device},
             )
             one.meta = {"val": value, "partitioner_tag": "is_forward"}
             self.units[tangent] = one
@@ -204,7 +234,14 @@ class _Rewriter:
         like = loop.plan.region.seed if not loop.is_backward else body.outputs[0].node
         sizes = [self.size_argument(s, like) for s in sizes_of(body, self.axes)]
         node = self.call(
-            like, self.loop_op, inputs, sizes, loop.plan.chunk, body.spec, self.lowering, backward=loop.is_backward
+            like,
+            self.loop_op,
+            inputs,
+            sizes,
+            loop.plan.chunk,
+            body.spec,
+            self.lowering,
+            backward=loop.is_backward,
         )
         self.made.append(LoopNode(node, loop.plan, body, loop.label))
         for index, out in enumerate(body.outputs):
@@ -215,14 +252,19 @@ class _Rewriter:
                 "partitioner_tag": "is_backward" if loop.is_backward else "is_forward",
             }
             if in_backward and tangent is not None:
-                # keyed to the tangent so that the product is the backward's, and exact when the tangent is one
+                # keyed to the tangent so that the product is the backward's, and exact when the
+                # tangent is one
                 scale = self.map[tangent]
                 if tangent.meta["val"].dim():
                     scale = self.call(out.node, aten.reshape.default, scale, [], backward=True)
                 value = self.call(out.node, aten.mul.Tensor, value, scale, backward=True)
             if value.meta["val"].dtype != out.dtype:
                 value = self.call(
-                    out.node, prims.convert_element_type.default, value, out.dtype, backward=in_backward
+                    out.node,
+                    prims.convert_element_type.default,
+                    value,
+                    out.dtype,
+                    backward=in_backward,
                 )
             self.map[out.node] = value
 
@@ -266,7 +308,8 @@ def chunk_graph(
         graph: a functional aten graph, joint or inference; left as it is.
         axes: its axis analysis.
         plans: what to do with each region, and its bodies.
-        loop_op: ``op(Tensor[] inputs, SymInt[] sizes, int chunk, str spec, str lowering) -> Tensor[]``, the runtime's loop.
+        loop_op: ``op(Tensor[] inputs, SymInt[] sizes, int chunk, str spec, str lowering) ->
+            Tensor[]``, the runtime's loop.
         lowering: passed on to the loop op.
     """
     return _Rewriter(graph, axes, plans, loop_op, lowering).run()

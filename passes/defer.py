@@ -361,10 +361,10 @@ def _find_closure(output: fx.Node, facts: _Facts, max_nodes: int) -> _Closure | 
     closure = _closure_above(output, cut, facts)
     size, kept = _nbytes(output) or 0, _frontier_nbytes(closure)
     if kept * FRONTIER_SHARE > size:
-        why = "; ".join(
-            obstacles.get(n, f"{n.name} is as small as it gets") for n in closure.frontier
+        sources = ", ".join(
+            f"{n.name} ({obstacles[n]})" if n in obstacles else n.name for n in closure.frontier
         )
-        return f"its {size:,} bytes can only be made again from {kept:,} other bytes ({why})"
+        return f"its {size:,} bytes can only be made again from {kept:,} other bytes: {sources}"
     return closure
 
 

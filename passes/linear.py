@@ -1,8 +1,9 @@
 """Whether values are linear in one scalar: the proof that gradient-in-forward needs.
 
-A backward pass is linear in its tangent, so with a single scalar tangent the gradients can be made with the tangent set to
-one and scaled later. A custom autograd function may break that (clip, quantise), so it is proven op by op:
-every op on the way must be linear in its operand that depends on the scalar. An op that is not listed refuses.
+A backward pass is linear in its tangent, so with a single scalar tangent the gradients can be made
+with the tangent set to one and scaled later. A custom autograd function may break that (clip,
+quantise), so it is proven op by op: every op on the way must be linear in its operand that depends
+on the scalar. An op that is not listed refuses.
 """
 
 from __future__ import annotations
@@ -45,24 +46,30 @@ _FIRST = {  # linear in the first operand when no other depends on the scalar
     aten._log_softmax_backward_data,
 }
 _BILINEAR = {aten.mul, aten.mm, aten.bmm}  # linear in either operand, not in both
-_ADDITIVE = {aten.add, aten.sub, aten.where}  # linear when every value operand depends on the scalar or is zero
+_ADDITIVE = {
+    aten.add,
+    aten.sub,
+    aten.where,
+}  # linear when every value operand depends on the scalar or is zero
 
 
 def _is_zero(arg: object) -> bool:
     if isinstance(arg, (int, float)):
-        return arg == 0
+        return bool(arg == 0)
     if not isinstance(arg, Node) or arg.op != "call_function":
         return False
     packet = getattr(arg.target, "overloadpacket", None)
     if packet in (aten.zeros, aten.zeros_like, aten.new_zeros):
         return True
     if packet is aten.scalar_tensor:
-        return arg.args[0] == 0
+        return bool(arg.args[0] == 0)
     if packet in (aten.full, aten.full_like):
-        return arg.args[1] == 0
+        return bool(arg.args[1] == 0)
     if packet is aten.new_full:
-        return arg.args[2] == 0
-    return packet in (aten.expand, aten.view, aten.alias, prims.convert_element_type) and _is_zero(arg.args[0])
+        return bool(arg.args[2] == 0)
+    return packet in (aten.expand, aten.view, aten.alias, prims.convert_element_type) and _is_zero(
+        arg.args[0]
+    )
 
 
 def _keeps(node: Node, depends: Callable[[object], bool]) -> bool:
@@ -86,7 +93,8 @@ def _keeps(node: Node, depends: Callable[[object], bool]) -> bool:
 
 
 def is_linear_in(scalar: Node, nodes: Iterable[Node]) -> bool:
-    """Whether every node of `nodes` (in topological order) that depends on `scalar` is linear in it."""
+    """Whether every node of `nodes` (in topological order) that depends on `scalar` is linear in
+    it."""
     dependent = {scalar}
 
     def depends(arg: object) -> bool:

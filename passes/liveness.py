@@ -3,22 +3,27 @@
 Terms
     schedule      the nodes in graph order, forward before backward.
     storage       what a view shares with its base; views have no bytes of their own.
-    fused value   the value of a pointwise op: a code generator computes it where it is read, so it has bytes only where
-                  something reads it that cannot be fused into (a matrix product, an attention kernel, an output).
+    fused value   the value of a pointwise op: a code generator computes it where it is read, so it
+                  has bytes only where something reads it that cannot be fused into (a matrix
+                  product, an attention kernel, an output).
     saved value   a forward value that lives until the backward reads it.
 
 Algorithm
     1. Nodes that tangent-free outputs need run forward, the others backward.
-    2. A fused value is real, once per phase, when a non-fusible op or an output reads it in that phase.
-    3. A forward value that the backward reads is saved; or made again, if only fusible ops read it there and all it is made
-       from is saved anyhow (what AOTAutograd's partitioner decides with a min-cut, by a rule of thumb here).
-    4. A buffer lives from its maker to its last reader, which may write its result in place if it is pointwise; bytes are
-       summed per step.
+    2. A fused value is real, once per phase, when a non-fusible op or an output reads it in that
+       phase.
+    3. A forward value that the backward reads is saved; or made again, if only fusible ops read it
+       there and all it is made from is saved anyhow (what AOTAutograd's partitioner decides with a
+       min-cut, by a rule of thumb here).
+    4. A buffer lives from its maker to its last reader, which may write its result in place if it
+       is pointwise; bytes are summed per step.
 
-The partitioner and Inductor's scheduler have the last word on both, so figures are estimates; tests hold them against
-measured peaks. Not handled: buffers that a kernel library allocates inside an op; padding of the allocator.
+The partitioner and Inductor's scheduler have the last word on both, so figures are estimates; tests
+hold them against measured peaks. Not handled: buffers that a kernel library allocates inside an op;
+padding of the allocator.
 
-Source: `torch._functorch.partitioners.min_cut_rematerialization_partition`, `torch._inductor.memory`.
+Source: `torch._functorch.partitioners.min_cut_rematerialization_partition`,
+    `torch._inductor.memory`.
 """
 
 from __future__ import annotations
@@ -77,7 +82,8 @@ def is_fusible(node: Node) -> bool:
     if node.op != "call_function":
         return False
     if getattr(node.target, "overloadpacket", None) is torch.ops.aten.scatter:
-        # one value per row into a constant (the backward of a cross entropy) becomes a comparison with the index
+        # one value per row into a constant (the backward of a cross entropy) becomes a comparison
+        # with the index
         base = node.args[0]
         return isinstance(base, Node) and rules.is_creation(base)
     return rules.is_pointwise(node) or rules.is_creation(node)
@@ -90,7 +96,9 @@ class _Builder:
         self.phase = phases(graph)
         self.transient = transient
         self.outputs = set(output_nodes(graph))
-        self.uses: dict[tuple[Node, Phase], tuple[int, int]] = {}  # (value, phase made) -> first, last step
+        self.uses: dict[
+            tuple[Node, Phase], tuple[int, int]
+        ] = {}  # (value, phase made) -> first, last step
         self.saved: set[Node] = set()
 
     def root(self, node: Node) -> Node:
@@ -119,9 +127,11 @@ class _Builder:
             if root in seen:
                 continue
             seen.add(root)
-            if not is_fusible(root) or root in self.saved:
-                found.add(root)
-            elif (root, phase) in self.uses and self.phase[root] == phase:
+            if (
+                not is_fusible(root)
+                or root in self.saved
+                or ((root, phase) in self.uses and self.phase[root] == phase)
+            ):
                 found.add(root)
             else:
                 stack.extend(root.all_input_nodes)
@@ -140,7 +150,9 @@ class _Builder:
         for node in self.graph.nodes:
             if node.op != "call_function" or self.phase[node] != "forward" or rules.is_view(node):
                 continue
-            late = [r for r in self.readers(node) if self.phase[r] == "backward" and r.op != "output"]
+            late = [
+                r for r in self.readers(node) if self.phase[r] == "backward" and r.op != "output"
+            ]
             if not late:
                 continue
             if is_fusible(node) and all(is_fusible(r) or rules.is_reduction(r) for r in late):
@@ -148,7 +160,9 @@ class _Builder:
                 rest = [
                     s
                     for s in self.sources(node, "forward")
-                    if s not in self.saved and s.op != "placeholder" and nbytes(s.meta.get("val")) * _NEGLIGIBLE > size
+                    if s not in self.saved
+                    and s.op != "placeholder"
+                    and nbytes(s.meta.get("val")) * _NEGLIGIBLE > size
                 ]
                 if not rest:
                     continue
@@ -164,7 +178,9 @@ class _Builder:
                 if not is_fusible(node):
                     self.touch(node, self.phase[node], step)
                     for operand in map(self.root, node.all_input_nodes):
-                        self.read(operand, self.phase[node], step, real=not rules.is_reduction(node))
+                        self.read(
+                            operand, self.phase[node], step, real=not rules.is_reduction(node)
+                        )
                 elif node in self.saved:
                     self.touch(node, "forward", step)
                     self.read(node, "forward", step, real=False)
@@ -180,7 +196,8 @@ class _Builder:
         return self.finish()
 
     def read(self, value: Node, phase: Phase, step: int, *, real: bool) -> None:
-        """`value` is read at `step`: itself if it is in memory (or must be), else what it is made from."""
+        """`value` is read at `step`: itself if it is in memory (or must be), else what it is made
+        from."""
         if not is_fusible(value):
             self.touch(value, phase, step)
             return
@@ -202,11 +219,18 @@ class _Builder:
             if not is_fusible(node):
                 continue
             for source in self.sources(node, phase):
-                key = next((k for k in ((source, phase), (source, self.phase[source])) if k in self.uses), None)
+                key: tuple[Node, Phase] | None = next(
+                    (k for k in ((source, phase), (source, self.phase[source])) if k in self.uses),
+                    None,
+                )
                 if key is None or source in self.outputs or source is node:
                     continue
                 start, end = self.uses[key]
-                if end == first and start < end and nbytes(source.meta["val"]) == nbytes(node.meta["val"]):
+                if (
+                    end == first
+                    and start < end
+                    and nbytes(source.meta["val"]) == nbytes(node.meta["val"])
+                ):
                     self.uses[key] = (start, end - 1)
                     break
 
@@ -251,6 +275,7 @@ def analyze_liveness(graph: Graph, transient: Callable[[Node], int] = lambda nod
 
     Args:
         graph: a functional aten graph with fake values in ``meta["val"]``.
-        transient: bytes that a node needs while it runs, beside its inputs and outputs (a loop's body).
+        transient: bytes that a node needs while it runs, beside its inputs and outputs (a loop's
+            body).
     """
     return _Builder(graph, transient).run()

@@ -1,16 +1,19 @@
 """How a region can run: recompute, gradient-in-forward, or forward only.
 
-recompute            the forward loop makes the region's values, the backward loop makes them again, chunk by chunk.
-gradient-in-forward  when the only tangent that reaches the region is one scalar (a loss), forward and backward part run in
-                     one loop, with the tangent set to one; the backward multiplies by it. Nothing is computed twice.
+recompute            the forward loop makes the region's values, the backward loop makes them again,
+                     chunk by chunk.
+gradient-in-forward  when the only tangent that reaches the region is one scalar (a loss), forward
+                     and backward part run in one loop, with the tangent set to one; the backward
+                     multiplies by it. Nothing is computed twice.
 forward-only         an inference graph.
 
-Gradient-in-forward needs a proof that every gradient is linear in the tangent (`passes.linear`). The tangent's own way
-to the region (a division by the number of labels) is walked in the forward with a one in its place, so that with the
-usual ``loss.backward()``, whose tangent is one, the numbers are those of the unchunked graph and the final product is
-exact.
+Gradient-in-forward needs a proof that every gradient is linear in the tangent (`passes.linear`).
+The tangent's own way to the region (a division by the number of labels) is walked in the forward
+with a one in its place, so that with the usual ``loss.backward()``, whose tangent is one, the
+numbers are those of the unchunked graph and the final product is exact.
 
-Source: gradient-in-forward is what fused linear-cross-entropy kernels do (Liger Kernel, Hsu et al. 2024); here it is
+Source: gradient-in-forward is what fused linear-cross-entropy kernels do (Liger Kernel, Hsu et al.
+    2024); here it is
 found and proven per graph.
 """
 
@@ -39,7 +42,9 @@ class Bodies:
     forward: Body | None
     backward: Body | None  # None but for recompute
     tangent: Node | None = None  # gradient-in-forward: the scalar tangent to multiply by
-    chain: tuple[Node, ...] = ()  # gradient-in-forward: scalars between the tangent and the region, in order
+    chain: tuple[
+        Node, ...
+    ] = ()  # gradient-in-forward: scalars between the tangent and the region, in order
 
 
 def region_outputs(region: Region, tangent: set[Node]) -> tuple[list[Node], list[Node]]:
@@ -115,19 +120,23 @@ def gradient_in_forward(region: Region, axes: Axes, tangent: set[Node]) -> Bodie
     side = [i for n in chain for i in n.all_input_nodes if i not in tangent]
     if _depends_on(others + side, made):
         return None  # a loop cannot read what it makes
-    if not is_linear_in(root, [*chain, *body.nodes, *(o.node for o in body.outputs if o.kind == "matmul")]):
+    if not is_linear_in(
+        root, [*chain, *body.nodes, *(o.node for o in body.outputs if o.kind == "matmul")]
+    ):
         return None
     return Bodies("gradient-in-forward", body, None, root, chain)
 
 
 def _prelude(region: Region, tangent: set[Node], saved: frozenset[Node]) -> frozenset[Node]:
-    """Pointwise values that only the region reads, and that are made from values which live until the backward anyhow (the
-    output of a normalisation, made from the residual stream): computed again inside, they need not be kept."""
+    """Pointwise values that only the region reads, and that are made from values which live until
+    the backward anyhow (the output of a normalisation, made from the residual stream): computed
+    again inside, they need not be kept."""
     nodes = region.nodes
     found: set[Node] = set()
 
     def remake(node: Node, depth: int) -> set[Node] | None:
-        """The nodes to compute again for `node`, or None where that would keep something new alive."""
+        """The nodes to compute again for `node`, or None where that would keep something new
+        alive."""
         if node.op == "placeholder":
             return set()
         if depth and node in saved:

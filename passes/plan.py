@@ -1,16 +1,19 @@
 """Which regions become loops, in which mode, and how large their chunks are.
 
 Algorithm
-    1. Predict memory over the step (`passes.liveness`). If the peak is below `min_peak_bytes`, nothing is done.
-    2. Choose every region with values alive at the peak; rewrite; predict again; repeat until no further region stands at the
-       peak. A region that is off the peak is left alone, so short sequences run untouched.
+    1. Predict memory over the step (`passes.liveness`). If the peak is below `min_peak_bytes`,
+       nothing is done.
+    2. Choose every region with values alive at the peak; rewrite; predict again; repeat until no
+       further region stands at the peak. A region that is off the peak is left alone, so short
+       sequences run untouched.
     3. Gradient-in-forward where it can be proven (`passes.modes`), recompute otherwise.
-    4. Chunk size: as large as adds at most `TRANSIENT_SHARE` to what is left at the peak without any chunk alive, and never
-       below the rows at which matrix units are still busy (`min_rows`). The number of chunks is rounded so that
-       chunks are equal where a divisor is near.
+    4. Chunk size: as large as adds at most `TRANSIENT_SHARE` to what is left at the peak without
+       any chunk alive, and never below the rows at which matrix units are still busy (`min_rows`).
+       The number of chunks is rounded so that chunks are equal where a divisor is near.
     5. Keep the plan only if the predicted peak falls by at least `MIN_GAIN`.
 
-Chunk sizes are in positions of the loop axis; `min_rows` is in rows of the matrix products (tokens of all sequences).
+Chunk sizes are in positions of the loop axis; `min_rows` is in rows of the matrix products (tokens
+of all sequences).
 """
 
 from __future__ import annotations
@@ -38,7 +41,9 @@ AT_PEAK = 0.02  # of the peak, below which a region counts as off it
 class PlanOptions:
     """What the planner is asked for."""
 
-    min_rows: int  # rows (tokens) per chunk at which matrix products are still efficient on the device
+    min_rows: (
+        int  # rows (tokens) per chunk at which matrix products are still efficient on the device
+    )
     min_peak_bytes: int  # predicted peak below which a graph is left untouched
     chunk_rows: int | None = None  # rows per chunk, instead of the planner's choice
     gradient_in_forward: bool = True  # False: always recompute
@@ -46,7 +51,8 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan and the graph that carries it out; `chunked` is None when the graph is left untouched."""
+    """A plan and the graph that carries it out; `chunked` is None when the graph is left
+    untouched."""
 
     plan: Plan
     chunked: ChunkedGraph | None
@@ -61,7 +67,8 @@ def _rows_per_position(region: Region) -> int:
 
 
 def _divide_evenly(length: int, num_chunks: int) -> int:
-    """A chunk size for about `num_chunks` chunks; equal chunks when up to a half more of them would be."""
+    """A chunk size for about `num_chunks` chunks; equal chunks when up to a half more of them would
+    be."""
     for count in range(num_chunks, num_chunks + num_chunks // 2 + 1):
         if length % count == 0:
             return length // count
@@ -166,7 +173,9 @@ class _Planner:
             wanted = max(1, self.options.min_rows // per_row)
             room = TRANSIENT_SHARE * floor.peak_bytes
             per_position = max(
-                body_bytes(b, self.axes, region) / region.length for b in (bodies.forward, bodies.backward) if b
+                body_bytes(b, self.axes, region) / region.length
+                for b in (bodies.forward, bodies.backward)
+                if b
             )
             wanted = max(wanted, int(room / max(per_position, 1e-9)))
         num_chunks = max(1, math.ceil(region.length / wanted))
@@ -189,7 +198,8 @@ class _Planner:
 
 
 def body_bytes(body: Body, axes: Axes, region: Region) -> int:
-    """Bytes that a body needs for the whole axis at once, its inputs not counted; a chunk needs its share."""
+    """Bytes that a body needs for the whole axis at once, its inputs not counted; a chunk needs its
+    share."""
     members = set(body.nodes)
     graph = Graph()
     map_: dict[Node, Node] = {}
@@ -231,5 +241,3 @@ def make_plan(
 ) -> Planned:
     """Choose regions, modes and chunk sizes for a graph, and rewrite it."""
     return _Planner(graph, axes, regions, refusals, options, loop_op, lowering).run()
-
-

@@ -1,7 +1,7 @@
 """The nouns: frozen values that travel between passes.
 
-`Phase` says when a node runs, `Buffer` and `Liveness` what memory holds, `Region` what may become a loop, `Refusal` why
-something may not, `LoopPlan` and `Plan` what will be done.
+`Phase` says when a node runs, `Buffer` and `Liveness` what memory holds, `Region` what may become a
+loop, `Refusal` why something may not, `LoopPlan` and `Plan` what will be done.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Buffer:
     source: str  # "file:line  code" of the user, or ""
 
     def __post_init__(self) -> None:
-        assert self.born <= self.dies and self.nbytes >= 0
+        assert self.born <= self.dies
+        assert self.nbytes >= 0
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Region:
-    """A convex set of nodes, split along one axis, whose inside is much larger than its boundary."""
+    """A convex set of nodes, split along one axis, whose inside is much larger than its
+    boundary."""
 
     axis: int  # the loop axis (a root of the axis table)
     length: int  # size of the axis, by its hint where symbolic
@@ -101,7 +103,8 @@ class LoopPlan:
     num_chunks: int
 
     def __post_init__(self) -> None:
-        assert self.chunk >= 1 and self.num_chunks >= 1
+        assert self.chunk >= 1
+        assert self.num_chunks >= 1
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,33 @@
-"""Convex sets of nodes with a large inside and a small boundary, forward and backward side together.
+"""Convex sets of nodes with a large inside and a small boundary, forward and backward side
+together.
 
 Terms
     loop axis     the axis along which a region would run in chunks.
     width         bytes of a value per position of the loop axis.
-    seed          a node that is wider than all that it is made from: a projection to the vocabulary, the up-projection
-                  of an MLP.
+    seed          a node that is wider than all that it is made from: a projection to the
+                  vocabulary, the up-projection of an MLP.
     wide          wider than what the seed is made from.
-    convex        no path leaves the forward (or the backward) part and enters it again, so the part can run as one step.
+    convex        no path leaves the forward (or the backward) part and enters it again, so the part
+                  can run as one step.
 
 Algorithm, for every seed, widest first, and every axis of it, fewest weights first
-    1. Flood from the seed through wide nodes that are split along the axis, forward and backward nodes alike.
-    2. Add the consumers of wide nodes: where values get small again, or become sums over the axis (*partial*).
-    3. Close the forward and the backward part under paths. A node on such a path that cannot be split cuts the region: what
-       depends on it leaves, and the cut is remembered as a refusal.
-    4. Absorb consumers while the bytes that leave shrink (two gradients that are added leave as one).
-    5. Keep the region if what is inside is larger than what leaves, and what leaves in either direction is again narrower
-       than the seed.
+    1. Flood from the seed through wide nodes that are split along the axis, forward and backward
+       nodes alike.
+    2. Add the consumers of wide nodes: where values get small again, or become sums over the axis
+       (*partial*).
+    3. Close the forward and the backward part under paths. A node on such a path that cannot be
+       split cuts the region: what depends on it leaves, and the cut is remembered as a refusal.
+    4. Absorb consumers while the bytes that leave shrink (two gradients that are added leave as
+       one).
+    5. Keep the region if what is inside is larger than what leaves, and what leaves in either
+       direction is again narrower than the seed.
 
-Every node of a region is parallel along the axis, or a sum over it whose result nobody inside reads. By induction over the
-nodes, the loop's slices are the slices of the unchunked values, and its partials add up to the unchunked sums.
+Every node of a region is parallel along the axis, or a sum over it whose result nobody inside
+reads. By induction over the nodes, the loop's slices are the slices of the unchunked values, and
+its partials add up to the unchunked sums.
 
-Not handled: values that need a whole reduction over the axis and are then used per position again (normalisation over
-tokens); regions inside regions; two loop axes at once.
+Not handled: values that need a whole reduction over the axis and are then used per position again
+(normalisation over tokens); regions inside regions; two loop axes at once.
 
 Source: Mini-Sequence Transformer (Luo et al., NeurIPS 2024) for the two cases that matter most.
 """
@@ -43,7 +49,9 @@ from passes.records import Refusal, Region
 from passes.source import hint, nbytes, op_name, source_of
 
 AMPLIFY = 1.25  # a seed is at least this much wider than what it is made from
-_LOOKAHEAD = 8  # nodes that may be absorbed together because the last of them makes the output smaller
+_LOOKAHEAD = (
+    8  # nodes that may be absorbed together because the last of them makes the output smaller
+)
 
 
 def _dataflow(graph: Graph) -> nx.DiGraph[Node]:
@@ -77,7 +85,8 @@ class _Split:
     length: int
 
     def status(self, node: Node) -> str:
-        """``whole`` (does not touch the axis), ``split``, ``partial``, or why it cannot be chunked."""
+        """``whole`` (does not touch the axis), ``split``, ``partial``, or why it cannot be
+        chunked."""
         role = self.axes.role(node, self.axis)
         if role == "absent":
             return "whole"
@@ -89,7 +98,9 @@ class _Split:
             return f"{op_name(node)} reads a tensor that has the loop axis twice"
         count = self.axes.axes(node).count(self.axis)
         if role == "sum":
-            return "partial" if count == 0 else f"{op_name(node)} sums over the loop axis and keeps it"
+            return (
+                "partial" if count == 0 else f"{op_name(node)} sums over the loop axis and keeps it"
+            )
         if count != len([d for d in self.axes.output_dims(node) if d is not None]):
             return f"{op_name(node)} drops the loop axis, or has it twice"
         return "split"
@@ -104,7 +115,8 @@ class _Split:
 
 
 class RegionFinder:
-    """Finds the regions of one graph; `find` gives them in order of size, and what was refused on the way."""
+    """Finds the regions of one graph; `find` gives them in order of size, and what was refused on
+    the way."""
 
     def __init__(self, graph: Graph, axes: Axes, min_bytes: int) -> None:
         self.graph = graph
@@ -120,7 +132,11 @@ class RegionFinder:
         self.weights: dict[int, int] = {}  # axis -> how many float inputs have it
         for node in graph.find_nodes(op="placeholder"):
             value = node.meta.get("val")
-            if isinstance(value, torch.Tensor) and value.is_floating_point() and node not in self.tangent:
+            if (
+                isinstance(value, torch.Tensor)
+                and value.is_floating_point()
+                and node not in self.tangent
+            ):
                 for axis in set(axes.axes(node)):
                     self.weights[axis] = self.weights.get(axis, 0) + 1
 
@@ -165,7 +181,7 @@ class RegionFinder:
         if isinstance(size, int):
             return size
         found = size.xreplace(self.hints)
-        return int(found) if found.is_Integer else None
+        return int(found) if isinstance(found, sympy.Integer) else None
 
     def _grow(self, seed: Node, split: _Split, threshold: float) -> Region | Refusal:
         wide = self._flood(seed, split, threshold)
@@ -182,7 +198,11 @@ class RegionFinder:
         leaving = [n for n in region if self._leaves(n, region) and split.is_split(n)]
         out = sum(nbytes(n.meta["val"]) for n in leaving)
         phase_out = max(
-            (sum(split.width(n) for n in leaving if (n in self.tangent) == side) for side in (False, True)), default=0
+            (
+                sum(split.width(n) for n in leaving if (n in self.tangent) == side)
+                for side in (False, True)
+            ),
+            default=0,
         )
         if inside <= out or inside < self.min_bytes or phase_out * AMPLIFY > split.width(seed):
             return self._refuse(seed, obstacle or self._outlet(leaving, region, split), split)
@@ -224,7 +244,11 @@ class RegionFinder:
             stack = [m for n in part for m in step(n)]
             while stack:
                 node = stack.pop()
-                if node not in seen and low <= self.order[node] <= high and (node in self.tangent) == side:
+                if (
+                    node not in seen
+                    and low <= self.order[node] <= high
+                    and (node in self.tangent) == side
+                ):
                     seen.add(node)
                     stack.extend(step(node))
             return seen
@@ -244,7 +268,9 @@ class RegionFinder:
                 missing |= {u for u in part.users if u in region}
             if not missing:
                 return obstacle
-            bad = [n for n in missing if n in region or n in self.taken or split.status(n) != "split"]
+            bad = [
+                n for n in missing if n in region or n in self.taken or split.status(n) != "split"
+            ]
             if not bad:
                 region |= missing
                 continue
@@ -252,7 +278,9 @@ class RegionFinder:
             obstacle = obstacle or first
             late = {first, *nx.descendants(self.flow, first)}
             if not region & late:
-                raise AssertionError(f"{first} lies between nodes of a region and none depends on it")
+                raise AssertionError(
+                    f"{first} lies between nodes of a region and none depends on it"
+                )
             region -= late
 
     def _drop_unconnected(self, region: set[Node], seed: Node) -> None:
@@ -273,7 +301,8 @@ class RegionFinder:
         return any(u not in region for u in node.users)
 
     def _is_inside(self, node: Node, region: set[Node], split: _Split) -> bool:
-        """Whether the value is in memory without the loop and not with it: no view, no fused value, not leaving."""
+        """Whether the value is in memory without the loop and not with it: no view, no fused value,
+        not leaving."""
         if not split.is_split(node) or rules.is_view(node) or self._leaves(node, region):
             return False
         if not (rules.is_pointwise(node) or rules.is_creation(node)):
@@ -287,8 +316,12 @@ class RegionFinder:
         """Take in consumers of what leaves while fewer bytes leave for it."""
 
         def boundary(nodes: set[Node]) -> float:
-            leaving = sum(split.width(n) for n in nodes if split.is_split(n) and self._leaves(n, nodes))
-            entering = {i for n in nodes for i in n.all_input_nodes if i not in nodes and split.is_split(i)}
+            leaving = sum(
+                split.width(n) for n in nodes if split.is_split(n) and self._leaves(n, nodes)
+            )
+            entering = {
+                i for n in nodes for i in n.all_input_nodes if i not in nodes and split.is_split(i)
+            }
             return leaving + sum(split.width(i) for i in entering if not rules.is_creation(i))
 
         improved = True
@@ -299,12 +332,23 @@ class RegionFinder:
                 before = boundary(region)
                 grown, front = set(region), [start]
                 for _ in range(_LOOKAHEAD):
-                    consumers = [u for n in front for u in n.users if u not in grown and u.op == "call_function"]
-                    same_side = all((u in self.tangent) == (start in self.tangent) for u in consumers)
-                    if not consumers or not same_side or not all(self._joins(u, split) for u in consumers):
+                    consumers = [
+                        u
+                        for n in front
+                        for u in n.users
+                        if u not in grown and u.op == "call_function"
+                    ]
+                    same_side = all(
+                        (u in self.tangent) == (start in self.tangent) for u in consumers
+                    )
+                    if (
+                        not consumers
+                        or not same_side
+                        or not all(self._joins(u, split) for u in consumers)
+                    ):
                         break
                     if any(rules.is_matmul(u) for u in consumers):
-                        break  # absorbing is for what a code generator fuses, not for the next layer
+                        break  # absorbing is for what can be fused, not for the next layer
                     grown |= set(consumers)
                     front = [u for u in consumers if split.is_split(u)]
                     if boundary(grown) < before:
@@ -332,12 +376,15 @@ class RegionFinder:
         elif obstacle in self.taken:
             reason = f"{op_name(obstacle)} already belongs to another region"
         elif status in ("split", "partial", "whole"):
-            reason = f"what leaves through {op_name(obstacle)} is as large as what a loop would keep inside"
+            reason = (
+                f"what leaves through {op_name(obstacle)} is as large as what would stay inside"
+            )
         else:
             reason = status
+        where = source_of(obstacle) or "an op without source"
         return Refusal(
             subject=op_name(seed),
-            reason=f"{reason} (needed by {op_name(obstacle)} at {source_of(obstacle) or 'an op without source'})"
+            reason=f"{reason} (needed by {op_name(obstacle)} at {where})"
             if obstacle.op == "call_function" and source_of(obstacle) != source_of(seed)
             else reason,
             source=source_of(seed),
@@ -346,7 +393,8 @@ class RegionFinder:
 
 
 def find_regions(graph: Graph, axes: Axes, *, min_bytes: int) -> tuple[list[Region], list[Refusal]]:
-    """The regions of a graph, largest inside first, and the seeds that became none, with the reason.
+    """The regions of a graph, largest inside first, and the seeds that became none, with the
+    reason.
 
     Args:
         graph: a functional aten graph, joint or inference.

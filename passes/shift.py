@@ -1,21 +1,26 @@
 """Move a slice of a wide value to the narrow value that it is made from.
 
-A loss that predicts the next token often cuts the logits: ``logits[:, :-1]``. The logits then exist whole before the cut, and in
-the backward their gradient exists whole again, padded with zeros, so no loop can keep them small. A slice commutes with
-every op that is parallel along the sliced axis, and so does its backward, the zero padding, with every op that is
-also linear in the padded operand. So the cut moves to the hidden state, and the padding to its gradient.
+A loss that predicts the next token often cuts the logits: ``logits[:, :-1]``. The logits then exist
+whole before the cut, and in the backward their gradient exists whole again, padded with zeros, so
+no loop can keep them small. A slice commutes with every op that is parallel along the sliced axis,
+and so does its backward, the zero padding, with every op that is also linear in the padded operand.
+So the cut moves to the hidden state, and the padding to its gradient.
 
 Terms
-    sliced(x)    the value of ``x`` with the axis cut, computed from sliced operands instead of by cutting ``x``.
+    sliced(x)    the value of ``x`` with the axis cut, computed from sliced operands instead of by
+                 cutting ``x``.
     unpadded(x)  for a value ``x`` that is zero outside the cut: what is inside it.
 
 Steps
-    1. For every cut of a wide value along one axis: rebuild ``sliced`` of it, back to operands that are narrow.
-    2. For every zero padding (``slice_scatter`` into zeros) along the same axis: rebuild its readers ``unpadded``; a sum over the axis
-       needs no padding any more, a narrow value is padded at last.
+    1. For every cut of a wide value along one axis: rebuild ``sliced`` of it, back to operands that
+       are narrow.
+    2. For every zero padding (``slice_scatter`` into zeros) along the same axis: rebuild its
+       readers ``unpadded``; a sum over the axis needs no padding any more, a narrow value is padded
+       at last.
     3. If the wide value is still needed as a whole, drop the attempt.
 
-Not handled: symbolic sizes, steps other than one, an axis that shares its dim with another; such slices stay where they are.
+Not handled: symbolic sizes, steps other than one, an axis that shares its dim with another; such
+slices stay where they are.
 
 Source: the same motion that XLA's algebraic simplifier makes for slices of dots.
 """
@@ -24,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, Node
@@ -60,7 +66,9 @@ def _copy(graph: Graph) -> Graph:
 
 def _static(node: Node) -> bool:
     values = [node.meta.get("val"), *(i.meta.get("val") for i in node.all_input_nodes)]
-    return all(isinstance(v, torch.Tensor) and all(isinstance(s, int) for s in v.shape) for v in values)
+    return all(
+        isinstance(v, torch.Tensor) and all(isinstance(s, int) for s in v.shape) for v in values
+    )
 
 
 def _packet(node: Node) -> object:
@@ -86,11 +94,19 @@ class _Mover:
         self.axes = axes
         self.cache: dict[tuple[Node, _Cut], Node] = {}
 
-    # -- building ------------------------------------------------------------------------------------------------
+    # -- building
 
-    def call(self, like: Node, target: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> Node:
+    def call(
+        self,
+        like: Node,
+        target: Callable[..., object],
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> Node:
         node = self.graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
-        fake_args, fake_kwargs = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        fake_args, fake_kwargs = torch.fx.map_arg(
+            cast("Any", (args, kwargs)), lambda n: n.meta["val"]
+        )
         with like.meta["val"].fake_mode:
             value = target(*fake_args, **fake_kwargs)
         node.meta = {k: v for k, v in like.meta.items() if k != "val"}
@@ -159,7 +175,9 @@ class _Mover:
                 shape, dim = self.apart(node, cut)
                 whole = self.call(node, aten.reshape.default, (node, shape), {})
                 piece = self.call(node, aten.slice.Tensor, (whole, dim, cut.start, cut.stop), {})
-                self.cache[key] = self.call(node, aten.reshape.default, (piece, self.sizes(node, cut)), {})
+                self.cache[key] = self.call(
+                    node, aten.reshape.default, (piece, self.sizes(node, cut)), {}
+                )
         return self.cache[key]
 
     def padded(self, node: Node, inside: Node, cut: _Cut) -> Node:
@@ -169,12 +187,18 @@ class _Mover:
         like = {"dtype": value.dtype, "device": value.device}
         zeros = self.call(node, aten.full.default, (shape, 0), dict(like))
         piece = self.call(
-            node, aten.reshape.default, (inside, [cut.size if i == dim else s for i, s in enumerate(shape)]), {}
+            node,
+            aten.reshape.default,
+            (inside, [cut.size if i == dim else s for i, s in enumerate(shape)]),
+            {},
         )
-        whole = self.call(node, aten.slice_scatter.default, (zeros, piece, dim, cut.start, cut.stop), {})
+        whole = self.call(
+            node, aten.slice_scatter.default, (zeros, piece, dim, cut.start, cut.stop), {}
+        )
         return self.call(node, aten.reshape.default, (whole, list(value.shape)), {})
 
-    # -- the two directions --------------------------------------------------------------------------------------
+    # -- the two directions
+    # --------------------------------------------------------------------------------------
 
     def forward(self, node: Node, cut: _Cut) -> None:
         with self.graph.inserting_before(node):
@@ -190,14 +214,19 @@ class _Mover:
             sources = [i for i in node.all_input_nodes if i in inside and i not in stop]
             if sources and self.commutes(node, sources, cut):
                 with self.graph.inserting_before(node):
-                    operands = {i: inside[i] if i in sources else self.sliced(i, cut) for i in node.all_input_nodes}
+                    operands = {
+                        i: inside[i] if i in sources else self.sliced(i, cut)
+                        for i in node.all_input_nodes
+                    }
                     rebuilt = self.rebuild(node, operands, cut)
                 settled.add(node)
                 if self.axes.role(node, cut.axis) == "sum":
                     node.replace_all_uses_with(rebuilt)
                 else:
                     inside[node] = rebuilt
-                    if nbytes(node.meta["val"]) * AMPLIFY < nbytes(padding.meta["val"]) and not rules.is_view(node):
+                    if nbytes(node.meta["val"]) * AMPLIFY < nbytes(
+                        padding.meta["val"]
+                    ) and not rules.is_view(node):
                         stop.add(node)
             node = following
         for old, new in inside.items():
@@ -259,11 +288,16 @@ def _padding_of(node: Node, axes: Axes, cut: _Cut) -> bool:
         return False
     dim = node.args[2] if len(node.args) > 2 else 0
     bounds = _bounds(node, 2, node.meta["val"].shape[dim])  # type: ignore[index]
-    return bounds is not None and axes.dims(node)[bounds[0]] == (cut.axis,) and bounds[1:] == (cut.start, cut.stop)
+    return (
+        bounds is not None
+        and axes.dims(node)[bounds[0]] == (cut.axis,)
+        and bounds[1:] == (cut.start, cut.stop)
+    )
 
 
 def move_slices(graph: Graph, *, min_bytes: int) -> Graph:
-    """A graph in which cuts of wide values have moved to what these are made from; `graph` itself if there are none.
+    """A graph in which cuts of wide values have moved to what these are made from; `graph` itself
+    if there are none.
 
     Args:
         graph: a functional aten graph; left as it is.
@@ -280,7 +314,9 @@ def move_slices(graph: Graph, *, min_bytes: int) -> Graph:
             (
                 (n, cut)
                 for n in trial.nodes
-                if n.op == "call_function" and n.name not in moved and (cut := _cut_of(n, axes, tangent, min_bytes)) is not None
+                if n.op == "call_function"
+                and n.name not in moved
+                and (cut := _cut_of(n, axes, tangent, min_bytes)) is not None
             ),
             None,
         )
@@ -295,7 +331,9 @@ def move_slices(graph: Graph, *, min_bytes: int) -> Graph:
         if not mover.movable(wide, cut):
             continue
         mover.forward(node, cut)
-        for padding in [n for n in trial.nodes if n.op == "call_function" and _padding_of(n, axes, cut)]:
+        for padding in [
+            n for n in trial.nodes if n.op == "call_function" and _padding_of(n, axes, cut)
+        ]:
             mover.backward(padding, cut)
         name = wide.name
         trial.eliminate_dead_code()

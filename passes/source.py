@@ -40,7 +40,8 @@ def hint(size: object) -> int | None:
 
 
 def nbytes(value: object) -> int:
-    """Bytes of a fake tensor's elements (its own, not its storage's), by hints where sizes are symbolic."""
+    """Bytes of a fake tensor's elements (its own, not its storage's), by hints where sizes are
+    symbolic."""
     if not isinstance(value, torch.Tensor):
         return 0
     total = value.element_size()

@@ -1,7 +1,7 @@
 """Checks between passes: a rewritten graph must say what the old one said.
 
-Shapes, dtypes and devices of every output are recomputed on fake tensors (the loop op's fake implementation included) and
-compared with the original's; a difference is our mistake and raises.
+Shapes, dtypes and devices of every output are recomputed on fake tensors (the loop op's fake
+implementation included) and compared with the original's; a difference is our mistake and raises.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ def verify_same_interface(old: Graph, new: Graph) -> None:
         VerificationError: naming the first output that differs.
     """
     new.lint()
-    before, after = (
-        [n.target for n in g.find_nodes(op="placeholder")] for g in (old, new)
-    )
+    before, after = ([n.target for n in g.find_nodes(op="placeholder")] for g in (old, new))
     if before != after:
         raise VerificationError(f"inputs changed: {before} became {after}")
     (old_out,), (new_out,) = old.find_nodes(op="output"), new.find_nodes(op="output")
@@ -39,7 +37,9 @@ def verify_same_interface(old: Graph, new: Graph) -> None:
         raise VerificationError(f"{len(left)} outputs became {len(right)}")
     for index, (a, b) in enumerate(zip(left, right, strict=True)):
         if _signature(a) != _signature(b):
-            raise VerificationError(f"output {index} was {_signature(a)} ({a}) and became {_signature(b)} ({b})")
+            raise VerificationError(
+                f"output {index} was {_signature(a)} ({a}) and became {_signature(b)} ({b})"
+            )
 
 
 def _leaves(args: object) -> list[Node | None]:

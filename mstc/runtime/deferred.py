@@ -37,8 +37,8 @@ import functools
 import re
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -132,10 +132,22 @@ class _Recipe:
                 # No cache: a weight that is cast here must not serve a forward pass elsewhere.
                 autocast = torch.autocast(device_type, dtype, enabled, cache_enabled=False)
                 stack.enter_context(autocast)
+            stack.enter_context(_same_autocast_depth())
             result = self.closure(*values)
         for dtype in self.casts:
             result = result.to(dtype)
         return result
+
+
+@contextmanager
+def _same_autocast_depth() -> Iterator[None]:
+    """Leave the autocast regions that a closure entered before it failed (out of memory, say)."""
+    depth = torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        while torch.autocast_decrement_nesting() >= depth:
+            pass
 
 
 def _read_autocast(device_type: str) -> tuple[tuple[str, bool, torch.dtype], ...]:
@@ -424,13 +436,15 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         (grad,) = grads
         wanted = ctx.needs_input_grad[4:]
-        tensors = list(ctx.saved_tensors)
         if grad is None or not any(wanted):
             return (None,) * len(ctx.needs_input_grad)
+        tensors = list(ctx.saved_tensors)
         create_graph = torch.is_grad_enabled()  # of a gradient that will be differentiated itself
-        if not create_graph:
-            tensors = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
         with torch.enable_grad():
+            if create_graph:  # aliases: what one tensor owes to another must not count twice
+                tensors = [t.view_as(t) for t in tensors]
+            else:
+                tensors = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted)]
             output = ctx.recipe.run(tensors)
         inputs = [t for t, w in zip(tensors, wanted, strict=True) if w]
         made = iter(

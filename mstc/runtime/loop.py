@@ -8,13 +8,16 @@
     spec      the body as text, how inputs are sliced and outputs are put together (`passes.body`).
     lowering  how bodies are run, as JSON: ``{"kind": "inductor" | "eager", "config": {...}}``.
 
-All that a loop needs is in its arguments, so a graph with loops in it can be cached on disk and run in another process.
+All that a loop needs is in its arguments, so a graph with loops in it can be cached on disk and run
+in another process.
 
-Per chunk: narrow the split inputs (no copy where the slice is contiguous), run the compiled body, copy split outputs into
-buffers allocated once, add sums and products in place. Bodies are compiled on first use, once per distinct text and
-sizes; when a second size comes, the sizes that differ are left open, so that two compiles serve any lengths.
+Per chunk: narrow the split inputs (no copy where the slice is contiguous), run the compiled body,
+copy split outputs into buffers allocated once, add sums and products in place. Bodies are compiled
+on first use, once per distinct text and sizes; when a second size comes, the sizes that differ are
+left open, so that two compiles serve any lengths.
 
-A body that Inductor cannot compile is run op by op: as exact, as small, slower. That is said once, by a warning and in the report.
+A body that Inductor cannot compile is run op by op: as exact, as small, slower. That is said once,
+by a warning and in the report.
 """
 
 from __future__ import annotations
@@ -49,7 +52,9 @@ class Slicing:
     factors: tuple[int, ...]  # the dim's axes, outermost first, as indices into the sizes
     position: int  # which of them is the loop axis
 
-    def narrow(self, tensor: torch.Tensor, sizes: Sequence[int], start: int, length: int) -> torch.Tensor:
+    def narrow(
+        self, tensor: torch.Tensor, sizes: Sequence[int], start: int, length: int
+    ) -> torch.Tensor:
         """One chunk's slice, its factors still apart: dims ``dim .. dim + len(factors) - 1``."""
         if len(self.factors) > 1:
             tensor = tensor.unflatten(self.dim, [sizes[f] for f in self.factors])
@@ -64,7 +69,10 @@ class Slicing:
         """A chunk's result with its factors apart, to be copied into `narrow` of the whole."""
         if len(self.factors) == 1:
             return tensor
-        return tensor.unflatten(self.dim, [length if i == self.position else sizes[f] for i, f in enumerate(self.factors)])
+        return tensor.unflatten(
+            self.dim,
+            [length if i == self.position else sizes[f] for i, f in enumerate(self.factors)],
+        )
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,9 @@ class Output:
     slicing: Slicing | None
 
     def shape(self, sizes: Sequence[Any]) -> list[Any]:
-        return [functools.reduce(lambda a, b: a * b, (sizes[i] for i in dim), 1) for dim in self.dims]
+        return [
+            functools.reduce(lambda a, b: a * b, (sizes[i] for i in dim), 1) for dim in self.dims
+        ]
 
     def empty(self, sizes: Sequence[Any], device: torch.device) -> torch.Tensor:
         return torch.empty_permuted(self.shape(sizes), self.order, dtype=self.dtype, device=device)
@@ -97,14 +107,16 @@ class Program:
     input_dims: tuple[tuple[tuple[int, ...], ...], ...]
     outputs: tuple[Output, ...]
     lowering: dict[str, Any]
-    compiled: dict[tuple[Any, ...], Callable[[Sequence[int], list[torch.Tensor]], Sequence[torch.Tensor]]] = field(
-        default_factory=dict
-    )
+    compiled: dict[
+        tuple[Any, ...], Callable[[Sequence[int], list[torch.Tensor]], Sequence[torch.Tensor]]
+    ] = field(default_factory=dict)
     open_bodies: list[CompiledBody] = field(default_factory=list)
     first_sizes: dict[tuple[Any, ...], tuple[int, ...]] = field(default_factory=dict)
     failure: BaseException | None = None
 
-    def run(self, inputs: Sequence[torch.Tensor], sizes: Sequence[int], chunk: int) -> list[torch.Tensor]:
+    def run(
+        self, inputs: Sequence[torch.Tensor], sizes: Sequence[int], chunk: int
+    ) -> list[torch.Tensor]:
         length = sizes[0]
         device = _device(inputs)
         buffers: list[torch.Tensor | None] = [
@@ -114,7 +126,8 @@ class Program:
             size = min(chunk, length - start)
             self._step(inputs, sizes, start, size, buffers)
         return [
-            b if b is not None else o.empty(sizes, device).zero_() for b, o in zip(buffers, self.outputs, strict=True)
+            b if b is not None else o.empty(sizes, device).zero_()
+            for b, o in zip(buffers, self.outputs, strict=True)
         ]
 
     def _step(
@@ -126,7 +139,8 @@ class Program:
         buffers: list[torch.Tensor | None],
     ) -> None:
         tensors = [
-            t if s is None else s.merge(s.narrow(t, sizes, start, size)) for t, s in zip(inputs, self.inputs, strict=True)
+            t if s is None else s.merge(s.narrow(t, sizes, start, size))
+            for t, s in zip(inputs, self.inputs, strict=True)
         ]
         own = (size, *sizes[1:])
         values = iter(self.function(own, tensors)(own, tensors))
@@ -136,20 +150,23 @@ class Program:
             if output.slicing is not None:
                 buffer = buffers[index]
                 assert buffer is not None
-                output.slicing.narrow(buffer, sizes, start, size).copy_(output.slicing.split(value, sizes, size))
+                output.slicing.narrow(buffer, sizes, start, size).copy_(
+                    output.slicing.split(value, sizes, size)
+                )
             elif output.kind == "matmul":
                 buffers[index] = _add_product(buffers[index], value, next(values), output)
             else:
                 buffers[index] = _add(buffers[index], value, output)
 
-    # -- compiling -----------------------------------------------------------------------------------------------
+    # -- compiling
 
     def function(
         self, sizes: tuple[int, ...], tensors: list[torch.Tensor]
     ) -> Callable[[Sequence[int], list[torch.Tensor]], Sequence[torch.Tensor]]:
         """The body for these sizes; compiled now if it is the first call of its kind."""
         form = tuple(
-            (t.stride() if s is None else None, t.dtype, t.device) for t, s in zip(tensors, self.inputs, strict=True)
+            (t.stride() if s is None else None, t.dtype, t.device)
+            for t, s in zip(tensors, self.inputs, strict=True)
         )
         key = (sizes, form)
         found = self.compiled.get(key)
@@ -169,7 +186,11 @@ class Program:
         first = self.first_sizes.setdefault(dtypes, sizes)
         dynamic = [i for i, (a, b) in enumerate(zip(first, sizes, strict=True)) if a != b and b > 1]
         whole_layouts_open = any(
-            i in dynamic for s, dims in zip(self.inputs, self.input_dims, strict=True) if s is None for d in dims for i in d
+            i in dynamic
+            for s, dims in zip(self.inputs, self.input_dims, strict=True)
+            if s is None
+            for d in dims
+            for i in d
         )
         if dynamic and not whole_layouts_open:
             for body in self.open_bodies:
@@ -188,7 +209,8 @@ class Program:
             self.failure = error
             log.warning("a loop body could not be compiled and runs op by op", exc_info=True)
             warnings.warn(
-                f"Inductor could not compile a loop body ({type(error).__name__}: {error}); it runs op by op: "
+                f"Inductor could not compile a loop body ({type(error).__name__}: {error}); "
+                "it runs op by op: "
                 "the numbers and the memory are the same, the speed is not.",
                 BodyCompilationWarning,
                 stacklevel=2,
@@ -224,19 +246,24 @@ def _add(buffer: torch.Tensor | None, value: torch.Tensor, output: Output) -> to
 def _add_product(
     buffer: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor, output: Output
 ) -> torch.Tensor:
-    """``buffer += left @ right``, accumulated in the buffer's dtype where the device can."""
+    """``buffer += left @ right``, multiplied and accumulated in the buffer's dtype."""
     if left.dtype == output.dtype:
         return torch.mm(left, right) if buffer is None else buffer.addmm_(left, right)
     if left.is_cuda:  # cuBLAS multiplies low precision and accumulates in float32
         if buffer is None:
             return torch.mm(left, right, out_dtype=output.dtype)
         return torch.ops.aten.addmm.dtype_out(buffer, left, right, output.dtype, out=buffer)
-    return _add(buffer, left @ right, output)
+    left, right = (
+        left.to(output.dtype),
+        right.to(output.dtype),
+    )  # a product is not rounded before it is added
+    return torch.mm(left, right) if buffer is None else buffer.addmm_(left, right)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def program_of(spec: str, lowering: str) -> Program:
-    """The parsed program of a spec; one per distinct text, so equal layers share what is compiled."""
+    """The parsed program of a spec; one per distinct text, so equal layers share what is
+    compiled."""
     entry = json.loads(spec)
     scope: dict[str, Any] = {
         "torch": torch,

@@ -1,10 +1,12 @@
 """What every op does to axes: one small rule per op family.
 
-A rule takes an `OpCall` (the operands' dims, and a table to unify them in) and returns `OpAxes` (the outputs' dims, and
-the axes along which the op is not parallel), or None to refuse. An op without a rule refuses; it is never guessed.
+A rule takes an `OpCall` (the operands' dims, and a table to unify them in) and returns `OpAxes`
+(the outputs' dims, and the axes along which the op is not parallel), or None to refuse. An op
+without a rule refuses; it is never guessed.
 
-Each family has a property test (``tests/passes/test_rules.py``): for random shapes and any axis whose role is
-``parallel``, the op on slices equals the slice of the op; for ``sum``, the slices' results add up to the whole.
+Each family has a property test (``tests/passes/test_rules.py``): for random shapes and any axis
+whose role is ``parallel``, the op on slices equals the slice of the op; for ``sum``, the slices'
+results add up to the whole.
 """
 
 from __future__ import annotations
@@ -26,12 +28,15 @@ _TABLE: dict[object, Rule] = {
 
 
 def find_rule(node: Node) -> Rule | None:
-    """The rule of a call, by overload, then by op (all overloads), then by tag; None when there is none."""
+    """The rule of a call, by overload, then by op (all overloads), then by tag; None when there is
+    none."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return _TABLE.get(target)
     if torch.Tag.nondeterministic_seeded in target.tags:
         return None  # a slice of a random tensor is not the random tensor of a slice
+    if target._schema.is_mutable or target is shape.BITCAST:
+        return None  # a write to a slice's copy would be lost; bits are no values
     rule = _TABLE.get(target) or _TABLE.get(target.overloadpacket)
     if rule is None and torch.Tag.pointwise in target.tags and len(target._schema.returns) == 1:
         return pointwise.broadcast
@@ -39,10 +44,9 @@ def find_rule(node: Node) -> Rule | None:
 
 
 def size_argument(node: Node) -> int | None:
-    """The position of an explicit output size among a call's arguments (``view``, ``expand``, ``full``), which
-    a slice of the output must rewrite; None where the op has none."""
-    target = node.target
-    packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+    """The position of an explicit output size among a call's arguments (``view``, ``expand``,
+    ``full``), which a slice of the output must rewrite; None where the op has none."""
+    packet = _packet(node)
     if packet in shape.RESHAPES:
         return 1
     return shape.SIZE_ARGUMENT.get(packet, create.SIZE_ARGUMENT.get(packet))
@@ -50,11 +54,14 @@ def size_argument(node: Node) -> int | None:
 
 def _packet(node: Node) -> object:
     target = node.target
+    if target is shape.BITCAST:
+        return target  # shares a name with `view`, and nothing else
     return target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
 
 
 def is_reshape(node: Node) -> bool:
-    """Whether only the grouping of dims changes, so that ``reshape`` to the output's size says it all."""
+    """Whether only the grouping of dims changes, so that ``reshape`` to the output's size says it
+    all."""
     return _packet(node) in shape.RESHAPES
 
 

@@ -35,7 +35,8 @@ def positions(call: OpCall) -> OpAxes:
 def getitem(call: OpCall) -> OpAxes | None:
     """One of several outputs; its dims were found with the op's."""
     source, index = call.node.args
-    assert isinstance(source, Node) and isinstance(index, int)
+    assert isinstance(source, Node)
+    assert isinstance(index, int)
     dims = call.output_dims(source)[index]
     return None if dims is None else OpAxes((dims,))
 

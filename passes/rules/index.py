@@ -8,14 +8,18 @@ import torch
 from torch.fx import Node
 
 from passes.axes import Dims, OpAxes, OpCall, Product, Rule, as_size
+from passes.rules.arguments import argument, dim_of
 
 aten = torch.ops.aten
 
+_MASKS = (torch.bool, torch.uint8)  # as indices these pick where they are true
+
 
 def gather(call: OpCall) -> OpAxes | None:
-    """``gather(x, dim, index)``: index may be shorter than x along the other dims, where only equal sizes align."""
+    """``gather(x, dim, index)``: index may be shorter than x along the other dims, where only equal
+    sizes align."""
     source, index = call.dims(call.node.args[0]), call.dims(call.node.args[2])
-    dim = _position(call.node.args[1], len(source))
+    dim = dim_of(call.node, len(source))
     entangled: list[Product] = [source[dim], index[dim]]
     if not _align(call, source, index, dim, entangled):
         return None
@@ -25,11 +29,11 @@ def gather(call: OpCall) -> OpAxes | None:
 def scatter(call: OpCall) -> OpAxes | None:
     """``scatter(x, dim, index, src)`` with a tensor or a value; the output has x's dims."""
     base, index = call.dims(call.node.args[0]), call.dims(call.node.args[2])
-    dim = _position(call.node.args[1], len(base))
+    dim = dim_of(call.node, len(base))
     entangled: list[Product] = [base[dim], index[dim]]
     if not _align(call, base, index, dim, entangled):
         return None
-    source = call.node.args[3] if len(call.node.args) > 3 else call.node.kwargs.get("src")
+    source = argument(call.node, "src")
     if isinstance(source, Node) and isinstance(source.meta.get("val"), torch.Tensor):
         values = call.dims(source)
         if values:
@@ -46,18 +50,19 @@ def embedding(call: OpCall) -> OpAxes:
 
 def index_select(call: OpCall) -> OpAxes:
     source, index = call.dims(call.node.args[0]), call.dims(call.node.args[2])
-    dim = _position(call.node.args[1], len(source))
+    dim = dim_of(call.node, len(source))
     picked: Product = index[0] if index else ()
     return OpAxes(((*source[:dim], picked, *source[dim + 1 :]),), entangled=(source[dim],))
 
 
 def index_tensor(call: OpCall) -> OpAxes | None:
-    """``x[i, j]`` with index tensors in the leading dims only; booleans (data-dependent sizes) refuse."""
+    """``x[i, j]`` with index tensors in the leading dims only; masks (data-dependent sizes)
+    refuse."""
     (value,) = call.outputs
     assert value is not None
     source = call.dims(call.node.args[0])
     indices = cast("list[Node | None]", call.node.args[1])
-    if any(i is None or i.meta["val"].dtype == torch.bool for i in indices):
+    if any(i is None or i.meta["val"].dtype in _MASKS for i in indices):
         return None
     rank = max(len(call.dims(i)) for i in indices)
     out: list[Product | None] = [None] * rank
@@ -72,14 +77,10 @@ def index_tensor(call: OpCall) -> OpAxes | None:
             elif not call.table.unify(known, product):
                 return None
     lead = tuple(
-        call.table.fresh(as_size(s)) if p is None else p for p, s in zip(out, value.shape[:rank], strict=True)
+        call.table.fresh(as_size(s)) if p is None else p
+        for p, s in zip(out, value.shape[:rank], strict=True)
     )
     return OpAxes(((*lead, *source[len(indices) :]),), entangled=source[: len(indices)])
-
-
-def _position(value: object, rank: int) -> int:
-    assert isinstance(value, int)
-    return value + rank if value < 0 else value
 
 
 def _align(call: OpCall, left: Dims, right: Dims, dim: int, entangled: list[Product]) -> bool:

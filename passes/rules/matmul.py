@@ -24,7 +24,8 @@ def bmm(call: OpCall) -> OpAxes | None:
 
 
 def addmm(call: OpCall) -> OpAxes | None:
-    """``bias + a @ b``; along the contracted axis the bias would be added once per chunk, so that one is closed."""
+    """``bias + a @ b``; along the contracted axis the bias would be added once per chunk, so that
+    one is closed."""
     bias, left, right = (call.dims(a) for a in call.node.args[:3])
     out = (left[0], right[1])
     if not call.table.unify(left[1], right[0]):

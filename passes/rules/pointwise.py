@@ -1,4 +1,5 @@
-"""Pointwise ops: every dim of every operand aligns with the output's, by broadcasting from the right.
+"""Pointwise ops: every dim of every operand aligns with the output's, by broadcasting from the
+right.
 
 Covers every op with ``torch.Tag.pointwise`` (hundreds), and the few untagged ones in `RULES`.
 """

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from passes.axes import Dims, OpAxes, OpCall, Product, Rule
+from passes.rules.arguments import argument, dim_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -14,8 +15,9 @@ prims = torch.ops.prims
 
 def _reduced(call: OpCall, dims: Dims) -> set[int]:
     """The dims that a call reduces: ``dim``, ``[dims]``, or all of them."""
-    node = call.node
-    wanted = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    wanted = argument(call.node, "dim")
+    if wanted is None:
+        wanted = argument(call.node, "dims")  # as `prims` call it
     if wanted is None or wanted == []:
         return set(range(len(dims)))
     assert isinstance(wanted, (int, Iterable))
@@ -53,28 +55,15 @@ def other(call: OpCall) -> OpAxes:
 
 
 def along(call: OpCall) -> OpAxes:
-    """softmax, cumsum, sort, topk: the shape stays but for `dim`, whose positions mix."""
+    """softmax, cumsum, sort: the shape stays, the positions of `dim` mix."""
     dims = call.dims(call.node.args[0])
-    position = call.node.args[1] if len(call.node.args) > 1 else call.node.kwargs.get("dim", -1)
-    assert isinstance(position, int)
-    position = position + len(dims) if position < 0 else position
-    outputs: list[Dims | None] = []
-    entangled: list[Product] = [dims[position]]
-    for value in call.outputs:
-        assert value is not None
-        own = dims[position]
-        if call.table.size(own) != value.shape[position]:
-            own = call.table.fresh(int(value.shape[position]))
-            entangled.append(own)
-        outputs.append((*dims[:position], own, *dims[position + 1 :]))
-    return OpAxes(tuple(outputs), entangled=tuple(entangled))
+    position = dim_of(call.node, len(dims))
+    return OpAxes((dims,) * len(call.outputs), entangled=(dims[position],))
 
 
 def topk(call: OpCall) -> OpAxes:
     dims = call.dims(call.node.args[0])
-    position = call.node.args[2] if len(call.node.args) > 2 else -1
-    assert isinstance(position, int)
-    position = position + len(dims) if position < 0 else position
+    position = dim_of(call.node, len(dims))
     piece = call.fresh_dims()[position]
     out = (*dims[:position], piece, *dims[position + 1 :])
     return OpAxes((out, out), entangled=(dims[position], piece))
@@ -82,8 +71,7 @@ def topk(call: OpCall) -> OpAxes:
 
 def softmax_backward(call: OpCall) -> OpAxes | None:
     grad, out = (call.dims(a) for a in call.node.args[:2])
-    position = call.node.args[2]
-    assert isinstance(position, int)
+    position = dim_of(call.node, len(out))
     for left, right in zip(grad, out, strict=True):
         if not call.table.unify(left, right):
             return None

@@ -8,9 +8,11 @@ import torch
 from torch.fx import Node
 
 from passes.axes import Dims, OpAxes, OpCall, Product, Rule, as_size
+from passes.rules.arguments import argument, dim_of
 
 aten = torch.ops.aten
 
+BITCAST = aten.view.dtype  # reads the same bytes as another type
 # Only the grouping of dims changes: written as ``reshape`` to an explicit size.
 RESHAPES = {aten.view, aten._unsafe_view, aten.reshape, aten.squeeze, aten.unsqueeze, aten.flatten}
 # The output shares the input's storage.
@@ -31,11 +33,6 @@ VIEWS = {
 SIZE_ARGUMENT: dict[object, int] = {aten.expand: 1}
 
 
-def _dim(value: object, rank: int) -> int:
-    assert isinstance(value, int)
-    return value + rank if value < 0 else value
-
-
 def reshape(call: OpCall) -> OpAxes | None:
     (value,) = call.outputs
     assert value is not None
@@ -46,13 +43,13 @@ def reshape(call: OpCall) -> OpAxes | None:
 
 def permute(call: OpCall) -> OpAxes:
     dims = call.dims(call.node.args[0])
-    order = cast("list[int]", call.node.args[1])
-    return OpAxes((tuple(dims[_dim(d, len(dims))] for d in order),))
+    order = cast("list[int]", argument(call.node, "dims"))
+    return OpAxes((tuple(dims[d] for d in order),))
 
 
 def transpose(call: OpCall) -> OpAxes:
     dims = list(call.dims(call.node.args[0]))
-    first, second = (_dim(d, len(dims)) for d in call.node.args[1:3])
+    first, second = (dim_of(call.node, len(dims), name) for name in ("dim0", "dim1"))
     dims[first], dims[second] = dims[second], dims[first]
     return OpAxes((tuple(dims),))
 
@@ -93,11 +90,13 @@ def slice_(call: OpCall) -> OpAxes:
     (value,) = call.outputs
     assert value is not None
     dims = call.dims(call.node.args[0])
-    dim = _dim(call.node.args[1] if len(call.node.args) > 1 else 0, len(dims))
-    start = call.node.args[2] if len(call.node.args) > 2 else 0
-    step = call.node.args[4] if len(call.node.args) > 4 else 1
-    if (start is None or start == 0) and step == 1 and call.table.size(dims[dim]) == as_size(value.shape[dim]):
-        end = call.node.args[3] if len(call.node.args) > 3 else None
+    dim = dim_of(call.node, len(dims))
+    start, end, step = (argument(call.node, name) for name in ("start", "end", "step"))
+    if (
+        (start is None or start == 0)
+        and step == 1
+        and call.table.size(dims[dim]) == as_size(value.shape[dim])
+    ):
         if end is None or (isinstance(end, int) and end > 0):
             return OpAxes((dims,))  # the whole of it; an `end` past a slice's own end still is
     return _cut(call, dim, dims)
@@ -105,13 +104,12 @@ def slice_(call: OpCall) -> OpAxes:
 
 def split(call: OpCall) -> OpAxes:
     dims = call.dims(call.node.args[0])
-    dim = call.node.args[2] if len(call.node.args) > 2 else call.node.kwargs.get("dim", 0)
-    return _cut(call, _dim(dim, len(dims)), dims)
+    return _cut(call, dim_of(call.node, len(dims)), dims)
 
 
 def select(call: OpCall) -> OpAxes:
     dims = call.dims(call.node.args[0])
-    dim = _dim(call.node.args[1], len(dims))
+    dim = dim_of(call.node, len(dims))
     return OpAxes(((*dims[:dim], *dims[dim + 1 :]),), entangled=(dims[dim],))
 
 
@@ -120,7 +118,7 @@ def cat(call: OpCall) -> OpAxes | None:
     (value,) = call.outputs
     assert value is not None
     parts = [call.dims(part) for part in cast("list[Node]", call.node.args[0])]
-    dim = _dim(call.node.args[1] if len(call.node.args) > 1 else 0, value.dim())
+    dim = dim_of(call.node, value.dim())
     if any(len(part) != value.dim() for part in parts):
         return None  # the legacy empty operand
     out = list(parts[0])
@@ -140,7 +138,7 @@ def pad(call: OpCall) -> OpAxes:
         product if call.table.size(product) == as_size(size) else call.table.fresh(as_size(size))
         for product, size in zip(dims, value.shape, strict=True)
     )
-    padding = cast("list[int]", call.node.args[1])
+    padding = cast("list[int]", argument(call.node, "pad"))
     touched = {len(dims) - 1 - i // 2 for i, amount in enumerate(padding) if amount != 0}
     changed = tuple(p for i in touched for p in (dims[i], out[i]))
     return OpAxes((out,), entangled=changed)
@@ -149,7 +147,7 @@ def pad(call: OpCall) -> OpAxes:
 def slice_scatter(call: OpCall) -> OpAxes | None:
     """Along `dim` the source lands in a piece; the other dims align."""
     base, source = (call.dims(a) for a in call.node.args[:2])
-    dim = _dim(call.node.args[2] if len(call.node.args) > 2 else 0, len(base))
+    dim = dim_of(call.node, len(base))
     for position, (left, right) in enumerate(zip(base, source, strict=True)):
         if position != dim and not call.table.unify(left, right):
             return None

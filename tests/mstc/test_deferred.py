@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mstc.errors import DeferredOutputError
 from mstc.runtime.deferred import DeferredTensor, wrap_outputs
+from mstc.runtime.memory import measure_step
 from passes.defer import DeferResult, defer_outputs
 
 VOCAB, WIDTH = 96, 8
@@ -440,6 +441,21 @@ def test_gradient_of_a_gradient() -> None:
     torch.testing.assert_close(seen[1], seen[0])
 
 
+def test_gradient_of_a_gradient_when_the_hidden_state_is_made_from_the_head() -> None:
+    def forward(ids: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = F.linear(torch.nn.functional.embedding(ids, weight).sin(), weight)
+        return logits.mean(), logits
+
+    ids, seen = batch()[0], []
+    weight = torch.randn(VOCAB, WIDTH, dtype=torch.float64, requires_grad=True)
+    for function in (forward, torch.compile(forward, backend=Backend())):
+        (grad,) = torch.autograd.grad(
+            function(ids, weight)[1].exp().mean(), weight, create_graph=True
+        )
+        seen.append([grad, *torch.autograd.grad(grad.square().sum(), weight)])
+    torch.testing.assert_close(seen[1], seen[0])
+
+
 def test_gradient_only_for_what_wants_one() -> None:
     expected, got = pair()
     for model, _, logits in (expected, got):
@@ -531,6 +547,65 @@ def test_compiled_functions_that_write_detach_or_run_without_grad() -> None:
         _, _, logits = deferred()
         with torch.no_grad():
             assert torch.compile(torch.argmax, backend=inner)(logits) == logits.argmax()
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_graph_breaks_before_and_after_the_head(inner: str) -> None:
+    def forward(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> Any:
+        hidden = model.mix(model.embed(ids))
+        torch._dynamo.graph_break()
+        logits = model.head(hidden)
+        loss = F.cross_entropy(logits.view(-1, VOCAB), labels.view(-1))
+        torch._dynamo.graph_break()
+        return loss + logits.square().mean(), logits
+
+    model, data, backend = Model().double(), batch(), Backend(inner)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(forward, backend=backend)
+    for _ in range(2):
+        results = []
+        for function, module in ((forward, model), (compiled, twin)):
+            loss, logits = function(module, *data)
+            (loss + logits.cos().mean()).backward()
+            results.append(loss)
+        torch.testing.assert_close(results[1], results[0])
+        assert_same_gradients(model, twin)
+    assert sum(len(result.deferred) for result in backend.results) == 1
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_deferred_from_a_deferred(inner: str) -> None:
+    def forward(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scaled = logits * 2
+        return scaled.square().mean(), scaled
+
+    expected, got = pair(inner=inner)
+    for _, loss, logits in (expected, got):
+        function = (
+            forward if logits is expected[2] else torch.compile(forward, backend=Backend(inner))
+        )
+        other, scaled = function(logits)
+        assert type(scaled) is type(logits)
+        (loss + other + scaled.exp().mean()).backward()
+    assert_same_gradients(expected[0], got[0])
+
+
+def test_a_frontier_that_is_a_view() -> None:
+    def forward(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = torch.chunk(x.cos(), 2)[1]
+        logits = F.linear(hidden, w)
+        return logits.square().mean(), logits
+
+    seen = []
+    for function in (forward, torch.compile(forward, backend=Backend("aot_eager"))):
+        torch.manual_seed(0)
+        x = torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True)
+        w = torch.randn(VOCAB, WIDTH, dtype=torch.float64, requires_grad=True)
+        loss, logits = function(x, w)
+        (loss + logits.exp().mean()).backward()
+        seen.append([loss, logits * 1, x.grad, w.grad])
+    assert type(logits) is DeferredTensor
+    torch.testing.assert_close(seen[1], seen[0])
 
 
 def test_passed_to_inductor() -> None:
@@ -693,6 +768,53 @@ def test_the_closure_runs_once() -> None:
     for read in (logits.sum, logits.argmax, logits.detach().max, logits.__repr__, logits.tolist):
         read()
     assert len(runs) == 1
+
+
+def test_a_failing_closure_leaves_autocast_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, backend = Model(region=torch.bfloat16), Backend()
+    _, logits = torch.compile(model, backend=backend)(*batch())
+    (spec,) = backend.results[0].deferred
+    assert "_enter_autocast" in spec.closure.code
+
+    def fail(*args: Any) -> Any:
+        torch.amp.autocast_mode._enter_autocast("cpu", torch.bfloat16, True, None)
+        raise MemoryError
+
+    monkeypatch.setattr(type(spec.closure), "forward", fail)
+    with pytest.raises(MemoryError):
+        logits.sum()
+    assert not torch.is_autocast_enabled("cpu")
+    assert torch.autocast_increment_nesting() == 1
+    torch.autocast_decrement_nesting()
+    monkeypatch.undo()
+    assert logits.sum().isfinite()
+
+
+def test_memory_of_a_training_step() -> None:
+    """Neither the output nor AOTAutograd's zero tangent for it is ever there."""
+    vocab, rows = 4096, 64
+    weight = torch.randn(vocab, WIDTH, requires_grad=True)
+    hidden = torch.randn(rows, WIDTH, requires_grad=True)
+    labels = torch.randint(vocab, (rows,))
+
+    def forward(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = F.linear(hidden, weight)
+        return F.cross_entropy(logits, labels), logits
+
+    def peak(backend: Any) -> int:
+        torch._dynamo.reset()
+        compiled = torch.compile(forward, backend=backend)
+
+        def step() -> Any:
+            loss, logits = compiled(hidden, weight)
+            loss.backward()
+            return logits
+
+        step()
+        return measure_step(step, [hidden, weight]).peak_intermediate_nbytes
+
+    nbytes = rows * vocab * 4
+    assert peak(Backend("aot_eager")) <= peak("aot_eager") - 2 * nbytes
 
 
 def test_what_stays_alive() -> None:

@@ -41,7 +41,7 @@ QUICK = settings(
 # -- the check -----------------------------------------------------------------------------------
 
 
-def loops_over(axes: Axes, sketch: Sketch, node: Any, axis: int) -> bool:
+def loops_over(axes: Axes, node: Any, axis: int) -> bool:
     """Whether a region may run the call along the axis (what `passes.regions` asks of a node)."""
     role = axes.role(node, axis)
     if role not in ("parallel", "sum"):
@@ -75,6 +75,9 @@ def check(call: Call, factors: Sequence[int] = ()) -> dict[int, str]:
     args, kwargs = torch.utils._pytree.tree_map(lift, (args, dict(kwargs)))
     node = sketch.call(op, *args, **kwargs)
     outputs = sketch.outputs_of(node)
+    if not sketch.values:  # a constant has a place in a loop only beside a tensor
+        node = sketch.call(aten.mul.Tensor, node, torch.ones_like(torch.empty(node.meta["val"].shape)))
+        outputs = [node]
     expected = sketch.finish(outputs)
     axes = analyze_axes(sketch.graph, find_rule)
     inside = frozenset(n for n in sketch.graph.nodes if n.op == "call_function")
@@ -83,7 +86,10 @@ def check(call: Call, factors: Sequence[int] = ()) -> dict[int, str]:
     for axis in sorted(touched):
         size = axes.table.sizes[axis]
         assert isinstance(size, int)
-        if size < 2 or not loops_over(axes, sketch, node, axis):
+        members = [n for n in inside if n.target is not operator.getitem]
+        if size < 2 or axes.role(node, axis) == "absent":
+            continue
+        if not all(axes.role(n, axis) == "absent" or loops_over(axes, n, axis) for n in members):
             continue
         if any(axes.axes(n).count(axis) > 1 for n in sketch.values):
             continue  # an input that has the axis twice: regions refuse it
@@ -109,7 +115,7 @@ def check(call: Call, factors: Sequence[int] = ()) -> dict[int, str]:
 
 
 def real(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
+    return torch.randn(shape, dtype=torch.float64)
 
 
 def below(high: int, *shape: int) -> torch.Tensor:
@@ -146,7 +152,7 @@ def reduction(*forms: str) -> Callable[[Any], Callable[[Draw], Call]]:
 
     def make(packet: Any) -> Callable[[Draw], Call]:
         def call(draw: Draw) -> Call:
-            shape = shape_of(draw)
+            shape = shape_of(draw, least=2)
             x = real(*shape)
             form = draw(st.sampled_from(forms))
             overload = getattr(packet, form)
@@ -365,7 +371,7 @@ def creation(packet: Any) -> Callable[[Draw], Call]:
 
 
 def gather(draw: Draw) -> Call:
-    shape = shape_of(draw)
+    shape = shape_of(draw, least=2)
     dim = a_dim(draw, len(shape))
     own = [s if draw(st.booleans()) else draw(st.integers(1, s)) for s in shape]
     own[dim] = draw(SIZES)
@@ -413,8 +419,8 @@ def index_tensor(draw: Draw) -> Call:
     out = shape_of(draw, draw(st.integers(0, 2)))
     count = draw(st.integers(1, 3))
     indices = [below(shape[i], *stretched(draw, out)) for i in range(count)]
-    if draw(st.integers(0, 4)) == 0:
-        indices[0] = None  # type: ignore[call-overload]
+    if count < 3 and draw(st.integers(0, 4)) == 0:
+        return aten.index.Tensor, (real(3, *shape), [None, *indices]), {}
     return aten.index.Tensor, (real(*shape), indices), {}
 
 

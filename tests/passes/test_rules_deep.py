@@ -1,0 +1,638 @@
+"""Every op rule, held to its word: the op on chunks, put together, is the op on the whole.
+
+For random calls of every op in the table, and for every axis that a rule calls ``parallel`` or
+``sum``, the call becomes the body of a loop (`passes.body`), which the runtime runs with several
+chunk sizes. Operands are also given in factored form and viewed together, so that dims are products.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from passes import rules
+from passes.axes import Axes, analyze_axes
+from passes.body import build_body
+from passes.rules import find_rule
+from tests.passes.graphs import Sketch, assert_close, run_body
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+Call = tuple[Any, tuple[Any, ...], Mapping[str, Any]]  # overload, args, kwargs
+
+SIZES = st.sampled_from([2, 3, 4, 6, 1])
+QUICK = settings(
+    max_examples=500,
+    deadline=None,
+    derandomize=False,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+# -- the check -----------------------------------------------------------------------------------
+
+
+def loops_over(axes: Axes, node: Any, axis: int) -> bool:
+    """Whether a region may run the call along the axis (what `passes.regions` asks of a node)."""
+    role = axes.role(node, axis)
+    if role not in ("parallel", "sum"):
+        return False
+    per_output = [
+        sum(p.count(axis) for p in dims)
+        for dims in (axes.output_dims(node) or ())
+        if dims is not None
+    ]
+    if any(axes.axes(i).count(axis) > 1 for i in node.all_input_nodes):
+        return False
+    return not any(per_output) if role == "sum" else all(n == 1 for n in per_output)
+
+
+def check(call: Call, factors: Sequence[int] = ()) -> dict[int, str]:
+    """Hold every axis of one call to its role; the roles that were run, by axis."""
+    op, args, kwargs = call
+    sketch = Sketch()
+    plan = list(factors)
+
+    def lift(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        factor = plan.pop(0) if plan else 1
+        for dim, size in enumerate(value.shape):
+            if factor > 1 and size % factor == 0 and size > factor:
+                apart = sketch.input(value.unflatten(dim, (factor, size // factor)))
+                return sketch.call(aten.view.default, apart, list(value.shape))
+        return sketch.input(value)
+
+    args, kwargs = torch.utils._pytree.tree_map(lift, (args, dict(kwargs)))
+    node = sketch.call(op, *args, **kwargs)
+    outputs = sketch.outputs_of(node)
+    if not sketch.values:  # a constant has a place in a loop only beside a tensor
+        node = sketch.call(aten.mul.Tensor, node, torch.ones_like(torch.empty(node.meta["val"].shape)))
+        outputs = [node]
+    expected = sketch.finish(outputs)
+    axes = analyze_axes(sketch.graph, find_rule)
+    inside = frozenset(n for n in sketch.graph.nodes if n.op == "call_function")
+    touched = {a for n in (node, *node.all_input_nodes) for a in axes.axes(n)}
+    ran: dict[int, str] = {}
+    for axis in sorted(touched):
+        size = axes.table.sizes[axis]
+        assert isinstance(size, int)
+        members = [n for n in inside if n.target is not operator.getitem]
+        if size < 2 or axes.role(node, axis) == "absent":
+            continue
+        if not all(axes.role(n, axis) == "absent" or loops_over(axes, n, axis) for n in members):
+            continue
+        if any(axes.axes(n).count(axis) > 1 for n in sketch.values):
+            continue  # an input that has the axis twice: regions refuse it
+        wanted = [
+            (o, e)
+            for o, e in zip(outputs, expected, strict=True)
+            if axes.role(o, axis) in ("parallel", "sum")
+        ]
+        body = build_body(
+            [o for o, _ in wanted], axes=axes, axis=axis, inside=inside, tangent=set(), seed=node
+        )
+        for chunk in {1, 2, 3, size}:
+            got = run_body(body, axes, sketch.values, chunk)
+            assert_close(
+                [g.to(o.dtype) for g, o in zip(got, body.outputs, strict=True)],
+                [e for _, e in wanted],
+            )
+        ran[axis] = axes.role(node, axis)
+    return ran
+
+
+# -- random calls --------------------------------------------------------------------------------
+
+
+def real(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def below(high: int, *shape: int) -> torch.Tensor:
+    return torch.randint(high, shape)
+
+
+def shape_of(draw: Draw, rank: int | None = None, least: int = 1) -> list[int]:
+    rank = draw(st.integers(least, 3)) if rank is None else rank
+    return [draw(SIZES) for _ in range(rank)]
+
+
+def a_dim(draw: Draw, rank: int) -> int:
+    """A dim, sometimes counted from the end."""
+    return draw(st.integers(-rank, rank - 1))
+
+
+def stretched(draw: Draw, shape: Sequence[int]) -> list[int]:
+    """A shape that broadcasts to `shape`: ones for sizes, leading dims missing."""
+    keep = draw(st.integers(0, len(shape)))
+    return [1 if draw(st.integers(0, 3)) == 0 else s for s in shape[len(shape) - keep :]]
+
+
+def unary(op: Any, **kwargs: Any) -> Callable[[Draw], Call]:
+    return lambda draw: (op, (real(*shape_of(draw, least=0)),), kwargs)
+
+
+def dims_or_none(draw: Draw, rank: int) -> list[int]:
+    chosen = draw(st.lists(st.integers(0, rank - 1), unique=True, max_size=rank))
+    return [d - rank if draw(st.booleans()) else d for d in chosen]
+
+
+def reduction(*forms: str) -> Callable[[Any], Callable[[Draw], Call]]:
+    """``op(x)``, ``op(x, dim)`` and ``op(x, [dims])``, the ones that the op has."""
+
+    def make(packet: Any) -> Callable[[Draw], Call]:
+        def call(draw: Draw) -> Call:
+            shape = shape_of(draw, least=2)
+            x = real(*shape)
+            form = draw(st.sampled_from(forms))
+            overload = getattr(packet, form)
+            if form == "default" and packet not in (aten.amax, aten.amin, aten.logsumexp):
+                return overload, (x,), {}
+            keepdim = draw(st.booleans())
+            if form in ("dim_IntList", "dims", "default", "correction") or (
+                packet in (aten.mean,) and form == "dim"
+            ):
+                dims = dims_or_none(draw, len(shape))
+                if packet is aten.logsumexp or form == "dims":
+                    dims = dims or [0]
+                if form == "correction":
+                    return overload, (x, dims), {"correction": 0, "keepdim": keepdim}
+                return overload, (x, dims, keepdim), {}
+            return overload, (x, a_dim(draw, len(shape)), keepdim), {}
+
+        return call
+
+    return make
+
+
+def arg_extremum(packet: Any) -> Callable[[Draw], Call]:
+    def call(draw: Draw) -> Call:
+        shape = shape_of(draw)
+        dim = draw(st.one_of(st.none(), st.integers(-len(shape), len(shape) - 1)))
+        return packet.default, (real(*shape), dim, draw(st.booleans())), {}
+
+    return call
+
+
+def truth(packet: Any) -> Callable[[Draw], Call]:
+    def call(draw: Draw) -> Call:
+        op, (x, *rest), kwargs = reduction("default", "dim", "dims")(packet)(draw)
+        return op, (x > 0, *rest), kwargs
+
+    return call
+
+
+def var_mean(packet: Any) -> Callable[[Draw], Call]:
+    def call(draw: Draw) -> Call:
+        shape = shape_of(draw)
+        dims = draw(st.one_of(st.none(), st.just(dims_or_none(draw, len(shape)))))
+        correction = draw(st.sampled_from([0, 1]))
+        keepdim = draw(st.booleans())
+        if draw(st.integers(0, 3)) == 0:
+            return packet.default, (real(*shape), draw(st.booleans())), {}
+        return packet.correction, (real(*shape), dims), {"correction": correction, "keepdim": keepdim}
+
+    return call
+
+
+def softmax(packet: Any) -> Callable[[Draw], Call]:
+    return lambda draw: (
+        packet.default,
+        ((x := real(*shape_of(draw))), a_dim(draw, x.dim()), False),
+        {},
+    )
+
+
+def softmax_backward(packet: Any) -> Callable[[Draw], Call]:
+    def call(draw: Draw) -> Call:
+        shape = shape_of(draw)
+        dim = a_dim(draw, len(shape))
+        return packet.default, (real(*shape), real(*shape).softmax(dim), dim, torch.float64), {}
+
+    return call
+
+
+def a_reshape(packet: Any) -> Callable[[Draw], Call]:
+    def call(draw: Draw) -> Call:
+        sizes = shape_of(draw, 3)
+        forms = [
+            sizes,
+            [sizes[0] * sizes[1], sizes[2]],
+            [sizes[0], sizes[1] * sizes[2]],
+            [sizes[0] * sizes[1] * sizes[2]],
+            [1, *sizes, 1],
+            [sizes[0], 1, sizes[1] * sizes[2]],
+            [sizes[1], sizes[0], sizes[2]],  # regroups across, if sizes allow
+            [-1, sizes[2]],
+        ]
+        before = [abs(s) for s in draw(st.sampled_from(forms[:-1]))]
+        after = draw(st.sampled_from(forms))
+        return packet.default, (real(*before), after), {}
+
+    return call
+
+
+def squeeze(draw: Draw) -> Call:
+    shape = shape_of(draw)
+    x = real(*shape)
+    form = draw(st.sampled_from(["default", "dim", "dims"]))
+    if form == "default":
+        return aten.squeeze.default, (x,), {}
+    dim = a_dim(draw, len(shape))
+    return getattr(aten.squeeze, form), (x, [dim] if form == "dims" else dim), {}
+
+
+def unsqueeze(draw: Draw) -> Call:
+    shape = shape_of(draw)
+    return aten.unsqueeze.default, (real(*shape), draw(st.integers(-len(shape) - 1, len(shape)))), {}
+
+
+def flatten(draw: Draw) -> Call:
+    shape = shape_of(draw)
+    first, last = sorted(draw(st.integers(0, len(shape) - 1)) for _ in range(2))
+    return aten.flatten.using_ints, (real(*shape), first, last - len(shape)), {}
+
+
+def permute(draw: Draw) -> Call:
+    shape = shape_of(draw)
+    order = draw(st.permutations(range(len(shape))))
+    order = [d - len(shape) if draw(st.booleans()) else d for d in order]
+    return aten.permute.default, (real(*shape), order), {}
+
+
+def transpose(draw: Draw) -> Call:
+    shape = shape_of(draw)
+    return aten.transpose.int, (real(*shape), a_dim(draw, len(shape)), a_dim(draw, len(shape))), {}
+
+
+def expand(draw: Draw) -> Call:
+    shape = shape_of(draw)
+    x = real(*stretched(draw, shape))
+    lead = len(shape) - x.dim()
+    asked = [
+        -1 if i >= lead and x.shape[i - lead] == s and draw(st.booleans()) else s
+        for i, s in enumerate(shape)
+    ]
+    return aten.expand.default, (x, asked), {}
+
+
+def slice_(draw: Draw) -> Call:
+    shape = shape_of(draw)
+    dim = a_dim(draw, len(shape))
+    bound = st.one_of(st.none(), st.integers(-7, 7), st.just(2**63 - 1))
+    args: list[Any] = [real(*shape), dim, draw(bound), draw(bound), draw(st.sampled_from([1, 1, 2]))]
+    args = args[: draw(st.integers(1, 5))]
+    names = ["self", "dim", "start", "end", "step"][: len(args)]
+    by_name = draw(st.integers(1, len(args)))
+    return aten.slice.Tensor, tuple(args[:by_name]), dict(zip(names[by_name:], args[by_name:]))
+
+
+def split(draw: Draw) -> Call:
+    shape = shape_of(draw)
+    dim = a_dim(draw, len(shape))
+    args = (real(*shape), draw(st.integers(1, 4)))
+    form = draw(st.sampled_from(["none", "args", "kwargs"]))
+    if form == "none":
+        return aten.split.Tensor, args, {}
+    return aten.split.Tensor, (*args, dim) if form == "args" else args, (
+        {"dim": dim} if form == "kwargs" else {}
+    )
+
+
+def split_with_sizes(draw: Draw) -> Call:
+    shape = shape_of(draw)
+    dim = a_dim(draw, len(shape))
+    first = draw(st.integers(0, shape[dim]))
+    x, sizes = real(*shape), [first, shape[dim] - first]
+    if draw(st.booleans()):
+        return aten.split_with_sizes.default, (x, sizes), {"dim": dim}
+    return aten.split_with_sizes.default, (x, sizes, dim), {}
+
+
+def select(draw: Draw) -> Call:
+    shape = shape_of(draw)
+    dim = a_dim(draw, len(shape))
+    return aten.select.int, (real(*shape), dim, draw(st.integers(-shape[dim], shape[dim] - 1))), {}
+
+
+def cat(draw: Draw) -> Call:
+    shape = shape_of(draw)
+    dim = a_dim(draw, len(shape))
+    parts: list[torch.Tensor] = []
+    for _ in range(draw(st.integers(1, 3))):
+        own = list(shape)
+        own[dim] = draw(st.integers(0, 3))
+        parts.append(real(*own))
+    if draw(st.booleans()):
+        return aten.cat.default, (parts,), {"dim": dim}
+    return aten.cat.default, (parts, dim), {}
+
+
+def pad(draw: Draw) -> Call:
+    shape = shape_of(draw)
+    amounts: list[int] = []
+    for size in reversed(shape[draw(st.integers(0, len(shape) - 1)) :]):
+        left = draw(st.integers(-1, 2))
+        right = draw(st.integers(-1, 2))
+        amounts += [left, right] if size + left + right > 0 and size > 2 else [0, 0]
+    return aten.constant_pad_nd.default, (real(*shape), amounts, draw(st.sampled_from([0, 0.5]))), {}
+
+
+def slice_scatter(draw: Draw) -> Call:
+    shape = shape_of(draw)
+    dim = a_dim(draw, len(shape))
+    start = draw(st.integers(0, shape[dim] - 1))
+    end = draw(st.integers(start + 1, shape[dim]))
+    part = list(shape)
+    part[dim] = end - start
+    return aten.slice_scatter.default, (real(*shape), real(*part), dim, start, end), {}
+
+
+def creation(packet: Any) -> Callable[[Draw], Call]:
+    def call(draw: Draw) -> Call:
+        shape = shape_of(draw)
+        if packet in (aten.full, aten.zeros, aten.ones):
+            value = (2,) if packet is aten.full else ()
+            return packet.default, (shape, *value), {"dtype": torch.float64, "device": "cpu"}
+        value = (2,) if packet is aten.new_full else ()
+        return packet.default, (real(*shape_of(draw)), shape, *value), {}
+
+    return call
+
+
+def gather(draw: Draw) -> Call:
+    shape = shape_of(draw, least=2)
+    dim = a_dim(draw, len(shape))
+    own = [s if draw(st.booleans()) else draw(st.integers(1, s)) for s in shape]
+    own[dim] = draw(SIZES)
+    return aten.gather.default, (real(*shape), dim, below(shape[dim], *own)), {}
+
+
+def scatter(form: str) -> Callable[[Draw], Call]:
+    def call(draw: Draw) -> Call:
+        shape = shape_of(draw)
+        dim = a_dim(draw, len(shape))
+        own = [s if draw(st.booleans()) else draw(st.integers(1, s)) for s in shape]
+        # each place is written once, or the result would depend on the order of writing
+        own[dim] = draw(st.integers(1, shape[dim]))
+        index = real(*own[:dim], shape[dim], *(own[dim:][1:])).argsort(dim).narrow(dim, 0, own[dim])
+        values = real(*(s + draw(st.integers(0, 1)) for s in own))
+        x = real(*shape)
+        if form == "any":
+            kind = draw(st.sampled_from(["value", "src", "reduce", "value_reduce"]))
+            if kind.startswith("value"):
+                extra = {"reduce": "add"} if kind == "value_reduce" else {}
+                return getattr(aten.scatter, kind), (x, dim, index, 0.5), extra
+            extra = {"reduce": "multiply"} if kind == "reduce" else {}
+            return getattr(aten.scatter, kind), (x, dim, index, values), extra
+        index = below(shape[dim], *own)
+        return aten.scatter_add.default, (x, dim, index, values), {}
+
+    return call
+
+
+def embedding(draw: Draw) -> Call:
+    rows, width = draw(SIZES), draw(SIZES)
+    index = below(rows, *shape_of(draw, least=0))
+    return aten.embedding.default, (real(rows, width), index), {"padding_idx": -1}
+
+
+def index_select(draw: Draw) -> Call:
+    shape = shape_of(draw)
+    dim = a_dim(draw, len(shape))
+    index = below(shape[dim], *shape_of(draw, draw(st.integers(0, 1))))
+    return aten.index_select.default, (real(*shape), dim, index), {}
+
+
+def index_tensor(draw: Draw) -> Call:
+    shape = shape_of(draw, 3)
+    out = shape_of(draw, draw(st.integers(0, 2)))
+    count = draw(st.integers(1, 3))
+    indices = [below(shape[i], *stretched(draw, out)) for i in range(count)]
+    if count < 3 and draw(st.integers(0, 4)) == 0:
+        return aten.index.Tensor, (real(3, *shape), [None, *indices]), {}
+    return aten.index.Tensor, (real(*shape), indices), {}
+
+
+def mm(draw: Draw) -> Call:
+    m, k, n = shape_of(draw, 3)
+    return aten.mm.default, (real(m, k), real(k, n)), {}
+
+
+def bmm(draw: Draw) -> Call:
+    b, m, k = shape_of(draw, 3)
+    return aten.bmm.default, (real(b, m, k), real(b, k, draw(SIZES))), {}
+
+
+def addmm(draw: Draw) -> Call:
+    m, k, n = shape_of(draw, 3)
+    shapes = [(n,), (1,), (), (m, n), (1, n), (m, 1), (1, 1)]
+    bias = real(*draw(st.sampled_from(shapes)))
+    scale = draw(st.sampled_from([{}, {"beta": 0.5}, {"alpha": -2.0, "beta": 3.0}]))
+    return aten.addmm.default, (bias, real(m, k), real(k, n)), scale
+
+
+def pointwise_binary(op: Any) -> Callable[[Draw], Call]:
+    def call(draw: Draw) -> Call:
+        shape = shape_of(draw)
+        operands = [real(*shape), real(*stretched(draw, shape))]
+        return op, tuple(operands[:: draw(st.sampled_from([1, -1]))]), {}
+
+    return call
+
+
+def where(draw: Draw) -> Call:
+    shape = shape_of(draw)
+    condition, left, right = (real(*stretched(draw, shape)) for _ in range(3))
+    return aten.where.self, (condition > 0, left, right), {}
+
+
+def masked_fill(draw: Draw) -> Call:
+    shape = shape_of(draw)
+    x, mask = real(*stretched(draw, shape)), real(*stretched(draw, shape)) > 0
+    if draw(st.booleans()):
+        return aten.masked_fill.Scalar, (x, mask, -1.5), {}
+    return aten.masked_fill.Tensor, (x, mask, torch.tensor(2.0, dtype=torch.float64)), {}
+
+
+def fill(draw: Draw) -> Call:
+    x = real(*shape_of(draw))
+    if draw(st.booleans()):
+        return aten.fill.Scalar, (x, 3), {}
+    return aten.fill.Tensor, (x, torch.tensor(3.0, dtype=torch.float64)), {}
+
+
+def sort(draw: Draw) -> Call:
+    x = real(*shape_of(draw))
+    dim, descending = a_dim(draw, x.dim()), draw(st.booleans())
+    form = draw(st.sampled_from(["args", "kwargs", "none", "stable"]))
+    if form == "stable":
+        return aten.sort.stable, (x,), {"stable": True, "dim": dim, "descending": descending}
+    if form == "none":
+        return aten.sort.default, (x,), {}
+    return aten.sort.default, (x, dim, descending) if form == "args" else (x,), (
+        {"dim": dim} if form == "kwargs" else {}
+    )
+
+
+def topk(draw: Draw) -> Call:
+    x = real(*shape_of(draw))
+    dim = a_dim(draw, x.dim())
+    form = draw(st.sampled_from(["args", "kwargs", "none"]))
+    k = draw(st.integers(1, x.shape[-1 if form == "none" else dim]))
+    args = (x, k, dim) if form == "args" else (x, k)
+    return aten.topk.default, args, {"dim": dim} if form == "kwargs" else {}
+
+
+def a_sum(draw: Draw) -> Call:
+    op, args, kwargs = reduction("default", "dim_IntList")(aten.sum)(draw)
+    kind = draw(st.sampled_from(["real", "int", "bool", "none", "dtype", "kwargs"]))
+    if kind == "int":
+        args = (below(9, *args[0].shape), *args[1:])
+    elif kind == "bool":
+        args = (args[0] > 0, *args[1:])
+    elif kind == "dtype":
+        kwargs = {"dtype": torch.float64}
+        args = (args[0].float(), *args[1:])
+    elif op is aten.sum.dim_IntList and kind == "none":
+        args = (args[0], None)
+    elif op is aten.sum.dim_IntList and kind == "kwargs":
+        args, kwargs = args[:2], {"keepdim": args[2]}
+    return op, args, kwargs
+
+
+def cast(draw: Draw) -> Call:
+    dtype = draw(st.sampled_from([torch.float32, torch.int64, torch.float64]))
+    return aten._to_copy.default, (real(*shape_of(draw)),), {"dtype": dtype}
+
+
+CALLS: dict[object, Callable[[Draw], Call]] = {
+    # pointwise
+    prims.convert_element_type: lambda d: (
+        prims.convert_element_type.default,
+        (real(*shape_of(d)), torch.float32),
+        {},
+    ),
+    aten._to_copy: cast,
+    aten.alias: unary(aten.alias.default),
+    aten.detach: unary(aten.detach.default),
+    aten.clone: unary(aten.clone.default, memory_format=torch.contiguous_format),
+    aten.lift_fresh_copy: unary(aten.lift_fresh_copy.default),
+    aten.fill: fill,
+    aten.masked_fill: masked_fill,
+    aten.isnan: unary(aten.isnan.default),
+    aten.contiguous: unary(aten.contiguous.default),
+    aten.full_like: lambda d: (aten.full_like.default, (real(*shape_of(d)), 2), {}),
+    aten.zeros_like: unary(aten.zeros_like.default),
+    aten.ones_like: unary(aten.ones_like.default, dtype=torch.int64),
+    # shape
+    aten.view: a_reshape(aten.view),
+    aten._unsafe_view: a_reshape(aten._unsafe_view),
+    aten.reshape: a_reshape(aten.reshape),
+    aten.squeeze: squeeze,
+    aten.unsqueeze: unsqueeze,
+    aten.flatten: flatten,
+    aten.permute: permute,
+    aten.transpose: transpose,
+    aten.t: lambda d: (aten.t.default, (real(*shape_of(d, d(st.integers(0, 2)))),), {}),
+    aten.expand: expand,
+    aten.slice: slice_,
+    aten.split: split,
+    aten.split_with_sizes: split_with_sizes,
+    aten.select: select,
+    aten.cat: cat,
+    aten.constant_pad_nd: pad,
+    aten.slice_scatter: slice_scatter,
+    # create
+    **{p: creation(p) for p in (aten.full, aten.zeros, aten.ones)},
+    **{p: creation(p) for p in (aten.new_full, aten.new_zeros, aten.new_ones)},
+    aten.scalar_tensor: lambda d: (aten.scalar_tensor.default, (2.0,), {}),
+    aten.arange: lambda d: (aten.arange.start, (1, d(SIZES) + 2), {}),
+    prims.iota: lambda d: (
+        prims.iota.default,
+        (d(SIZES),),
+        {"start": 0, "step": 1, "dtype": torch.int64, "device": "cpu", "requires_grad": False},
+    ),
+    operator.getitem: lambda d: reduction("dim")(aten.max)(d),
+    # reduce
+    aten.sum: a_sum,
+    prims.sum: lambda d: (
+        prims.sum.default,
+        ((x := real(*shape_of(d))), [d(st.integers(0, x.dim() - 1))]),
+        {},
+    ),
+    aten.mean: reduction("default", "dim")(aten.mean),
+    aten.amax: reduction("default")(aten.amax),
+    aten.amin: reduction("default")(aten.amin),
+    aten.max: reduction("default", "dim")(aten.max),
+    aten.min: reduction("default", "dim")(aten.min),
+    aten.argmax: arg_extremum(aten.argmax),
+    aten.argmin: arg_extremum(aten.argmin),
+    aten.any: truth(aten.any),
+    aten.all: truth(aten.all),
+    aten.prod: reduction("default", "dim_int")(aten.prod),
+    aten.var: var_mean(aten.var),
+    aten.var_mean: var_mean(aten.var_mean),
+    aten.std: var_mean(aten.std),
+    aten.logsumexp: reduction("default")(aten.logsumexp),
+    aten._softmax: softmax(aten._softmax),
+    aten._log_softmax: softmax(aten._log_softmax),
+    aten.cumsum: lambda d: (
+        aten.cumsum.default,
+        ((x := real(*shape_of(d))), a_dim(d, x.dim())),
+        {},
+    ),
+    aten.sort: sort,
+    aten.topk: topk,
+    aten._softmax_backward_data: softmax_backward(aten._softmax_backward_data),
+    aten._log_softmax_backward_data: softmax_backward(aten._log_softmax_backward_data),
+    # matmul
+    aten.mm: mm,
+    aten.bmm: bmm,
+    aten.addmm: addmm,
+    aten.mv: lambda d: (aten.mv.default, ((x := real(*shape_of(d, 2))), real(x.shape[1])), {}),
+    aten.dot: lambda d: (aten.dot.default, ((x := real(*shape_of(d, 1))), real(len(x))), {}),
+    # index
+    aten.gather: gather,
+    aten.scatter: scatter("any"),
+    aten.scatter_add: scatter("add"),
+    aten.embedding: embedding,
+    aten.index_select: index_select,
+    aten.index: index_tensor,
+}
+
+# Table entries that may never loop along an axis of their own.
+NEVER = {aten.scalar_tensor, aten.arange, prims.iota}
+
+
+def test_every_rule_is_tested():
+    assert set(CALLS) == set(rules._TABLE), "a rule without a property test, or a test without rule"
+
+
+@pytest.mark.parametrize("key", CALLS, ids=str)
+def test_chunks_make_the_whole(key: object):
+    ran: set[str] = set()
+
+    @QUICK
+    @given(st.data())
+    def run(data: st.DataObject) -> None:
+        torch.manual_seed(data.draw(st.integers(0, 99)))
+        call = CALLS[key](data.draw)
+        factors = data.draw(st.lists(st.sampled_from([1, 2, 3]), max_size=3))
+        ran.update(check(call, factors).values())
+
+    run()
+    if key in NEVER:
+        assert not ran
+    else:
+        assert ran, "no axis of any call could be looped over: the test says nothing"
