@@ -34,11 +34,11 @@ from mstc.runtime.deferred import wrap_outputs
 from mstc.runtime.loop import loop_op
 from passes.defer import DeferResult, defer_outputs
 from passes.liveness import tangent_nodes
-from passes.plan import PlanOptions
+from passes.plan import AT_PEAK, PlanOptions
 
 log = logging.getLogger(__name__)
 
-_MIN_ROWS = {"cpu": 128, "cuda": 2048}  # measured: below these, matrix products slow down
+_MIN_ROWS = {"cpu": 256, "cuda": 2048}  # below these, matrix products slow down
 _SOURCES = tuple(
     str(p)
     for package in (Path(passes.__file__).parent, Path(__file__).parent)
@@ -107,6 +107,8 @@ class ChunkPass(CustomGraphPass):
             return
         if planned.chunked is not None:
             _replace_contents(graph, planned.chunked.graph)
+        least = AT_PEAK * planned.plan.before.peak_bytes
+        self.report.refusals = [r for r in self.report.refusals if r.nbytes >= least]
         entry = graph_report(planned.plan, training=bool(tangent_nodes(graph)))
         self.report.graphs.append(entry)
         dump("mst_report", self.report.to_json, encoding="json")

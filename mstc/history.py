@@ -14,6 +14,12 @@ def add(report: Report) -> None:
     _REPORTS.append(report)
 
 
+def note(text: str) -> None:
+    """Add to the latest report what turned out when its graphs ran."""
+    if _REPORTS and text not in _REPORTS[-1].notes:
+        _REPORTS[-1].notes.append(text)
+
+
 def reports() -> list[Report]:
     return list(_REPORTS)
 

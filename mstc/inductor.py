@@ -6,13 +6,18 @@ Works with torch 2.11 to 2.13.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast, get_origin
 
 import sympy
 import torch
 import torch._inductor.config as inductor_config
+from torch._C._dynamo.eval_frame import (
+    _debug_get_cache_entry_list,
+    reset_code,
+)  # what was compiled for a function, and how to forget it
+from torch._dynamo import convert_frame  # knows which functions were compiled
 from torch._dynamo.backends.common import (
     aot_autograd,
 )  # AOTAutograd as a backend, for the lowering without Inductor
@@ -47,6 +52,7 @@ __all__ = [
     "compile_body",
     "compile_outer",
     "compile_outer_eager",
+    "forgotten_frames",
     "get_hash_for_files",
     "hide_autocast",
     "inductor_option_type",
@@ -56,6 +62,26 @@ __all__ = [
 ]
 
 Tensors = list[torch.Tensor]
+
+
+@contextmanager
+def forgotten_frames() -> Iterator[None]:
+    """What Dynamo compiles meanwhile does not count against its limit of recompilations later.
+
+    Functions that were compiled before keep what they have, and what is added to it.
+    """
+
+    def compiled() -> dict[int, Any]:
+        codes = [reference() for reference in convert_frame.input_codes.seen]
+        return {id(c): c for c in codes if c is not None and _debug_get_cache_entry_list(c)}
+
+    before = compiled()
+    try:
+        yield
+    finally:
+        for identity, code in compiled().items():
+            if identity not in before:
+                reset_code(code)
 
 
 def without_duplicates(graph: Graph) -> Graph:
@@ -95,17 +121,22 @@ class CompiledBody:
     def __init__(
         self,
         call: Callable[[list[Any]], Sequence[torch.Tensor]],
+        sizes: Sequence[int],
         dynamic: tuple[int, ...],
         guards: tuple[sympy.Basic, ...],
         symbols: tuple[sympy.Symbol, ...],
     ) -> None:
         self._call = call
+        self._sizes = tuple(sizes)
         self._dynamic = dynamic
         self._guards = guards
         self._symbols = symbols
 
     def accepts(self, sizes: Sequence[int]) -> bool:
         """Whether what was assumed while compiling holds for these sizes."""
+        for i, (own, size) in enumerate(zip(self._sizes, sizes, strict=True)):
+            if size != own and (i not in self._dynamic or size < 2):  # 0 and 1 are always special
+                return False
         values = {s: sizes[i] for s, i in zip(self._symbols, self._dynamic, strict=True)}
         return all(g.xreplace(values) == sympy.true for g in self._guards)
 
@@ -172,7 +203,7 @@ def compile_body(
     guards = [g.expr for g in shape_env.guards]
     guards += [sympy.Eq(s, r) for s, r in shape_env.replacements.items() if s in symbols]
     kept = tuple(sympy.simplify(g) if g.free_symbols else g for g in map(sympy.sympify, guards))
-    return CompiledBody(cast("Any", compiled), tuple(open_sizes), kept, symbols)
+    return CompiledBody(cast("Any", compiled), sizes, tuple(open_sizes), kept, symbols)
 
 
 def _fake(

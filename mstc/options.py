@@ -27,7 +27,7 @@ class Options:
 
     min_chunk_rows: int | None = None
     """Rows per chunk below which the planner does not go, because matrix units would idle; None
-    takes the device's default (128 on a CPU, 2048 on a GPU)."""
+    takes the device's default (256 on a CPU, 2048 on a GPU)."""
 
     min_peak_bytes: int = 16 * 2**20
     """Predicted peak, in bytes, below which a graph is left untouched."""

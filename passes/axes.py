@@ -199,28 +199,50 @@ def tensor_outputs(node: Node) -> tuple[torch.Tensor | None, ...]:
 
 
 class Axes:
-    """The facts of one graph: `dims(node)` and `role(node, axis)`."""
+    """The facts of one graph: `dims(node)` and `role(node, axis)`.
+
+    While the analysis runs, axes are still refined; `freeze` ends it, and answers are remembered from then on.
+    """
 
     def __init__(self, table: AxisTable) -> None:
         self.table = table
         self._dims: dict[Node, tuple[Dims | None, ...]] = {}
         self._ops: dict[Node, OpAxes] = {}
+        self._frozen = False
+        self._axes: dict[Node, tuple[int, ...]] = {}
+        self._roles: dict[tuple[Node, int], Role] = {}
 
     def record(self, node: Node, op: OpAxes) -> None:
+        assert not self._frozen
         self._dims[node] = op.outputs
         self._ops[node] = op
+
+    def freeze(self) -> None:
+        """Resolve everything once; nothing may be unified after this."""
+
+        def resolved(product: Product) -> Product:
+            return self.table.resolve(product)
+
+        for node, entry in self._dims.items():
+            self._dims[node] = tuple(None if d is None else tuple(map(resolved, d)) for d in entry)
+            self._axes[node] = tuple(a for d in self._dims[node] if d for p in d for a in p)
+        self._frozen = True
 
     def dims(self, node: Node, output: int = 0) -> Dims:
         """The dims of a node's value, resolved; () for a scalar."""
         entry = self._dims.get(node)
         dims = entry[output] if entry and output < len(entry) else None
-        return () if dims is None else tuple(self.table.resolve(p) for p in dims)
+        if dims is None:
+            return ()
+        return dims if self._frozen else tuple(self.table.resolve(p) for p in dims)
 
     def output_dims(self, node: Node) -> tuple[Dims | None, ...]:
         return self._dims[node]
 
     def axes(self, node: Node) -> tuple[int, ...]:
         """Every axis of every output of the node, with repetition."""
+        if self._frozen:
+            return self._axes.get(node, ())
         entry = self._dims.get(node, ())
         return tuple(a for dims in entry if dims for p in dims for a in self.table.resolve(p))
 
@@ -230,9 +252,17 @@ class Axes:
 
     def role(self, node: Node, axis: int) -> Role:
         """What `node` does along `axis` (which must be a root)."""
+        if not self._frozen:
+            return self._role(node, axis)
+        key = (node, axis)
+        if key not in self._roles:
+            self._roles[key] = self._role(node, axis)
+        return self._roles[key]
+
+    def _role(self, node: Node, axis: int) -> Role:
         op = self._ops.get(node)
-        touches = axis in self.axes(node) or any(axis in self.axes(i) for i in node.all_input_nodes)
-        if not touches:
+        inside = axis in self.axes(node)
+        if not inside and not any(axis in self.axes(i) for i in node.all_input_nodes):
             return "absent"
         if op is None or op.opaque or any(axis in self.table.resolve(p) for p in op.entangled):
             return "entangled"
@@ -265,6 +295,7 @@ def analyze_axes(graph: Graph, find_rule: Callable[[Node], Rule | None]) -> Axes
         if op is not None:
             op = _checked(call, op)
         facts.record(node, op or OpAxes(call.all_fresh(), opaque=True))
+    facts.freeze()
     return facts
 
 

@@ -39,6 +39,8 @@ from passes.records import LoopPlan
 aten = torch.ops.aten
 prims = torch.ops.prims
 
+_CHUNK_ARGUMENT = 2  # of the loop op
+
 
 @dataclass(frozen=True)
 class _Loop:
@@ -65,6 +67,16 @@ class ChunkedGraph:
     def __init__(self, graph: Graph, loops: tuple[LoopNode, ...]) -> None:
         self.graph = graph
         self.loops = loops
+
+    def resized(self, plans: Mapping[LoopPlan, LoopPlan]) -> ChunkedGraph:
+        """The same loops with other chunk sizes. The graph is shared and changed in place: what was
+        planned with the old sizes must not be used any more."""
+        loops: list[LoopNode] = []
+        for loop in self.loops:
+            plan = plans[loop.plan]
+            loop.node.update_arg(_CHUNK_ARGUMENT, plan.chunk)
+            loops.append(LoopNode(loop.node, plan, loop.body, loop.label))
+        return ChunkedGraph(self.graph, tuple(loops))
 
 
 def mutated_inputs(graph: Graph) -> set[Node]:

@@ -29,7 +29,7 @@ Steps
 Not handled, and so refused: candidates that share memory with an input or another output; closures
 that need random, mutating, higher-order or unlisted operations (dropout, a checkpointed head), or
 operations run with gradients off while the candidate requires grad, or under a `torch.func`
-transform; tensor subclasses; shapes that depend on data.
+transform or in-graph inference mode; tensor subclasses; shapes that depend on data.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def defer_outputs(
     if not closures:
         return DeferResult(gm, len(outputs), (), tuple(refusals))
 
-    new_outputs = [out for out in outputs if out not in closures]
+    new_outputs = [n for n in outputs if not (isinstance(n, fx.Node) and n in closures)]
     for closure in closures.values():
         new_outputs += [node for node in closure.frontier if node not in new_outputs]
     deferred: list[DeferredOutput] = []
@@ -157,14 +157,16 @@ def defer_outputs(
 
 def _candidates(outputs: Sequence[Any], min_bytes: int) -> list[fx.Node]:
     """Output nodes, each once and in order, that are large and that a loss is computed from."""
-    tensors = [n for n in dict.fromkeys(outputs) if isinstance(n, fx.Node) and _is_floating(n)]
+    nodes = dict.fromkeys(n for n in outputs if isinstance(n, fx.Node))
+    tensors = [n for n in nodes if _is_floating(n)]
     above: set[fx.Node] = set()
     stack = [source for n in tensors if _tensor(n).dim() == 0 for source in n.all_input_nodes]
     while stack:
         if (node := stack.pop()) not in above:
             above.add(node)
             stack.extend(node.all_input_nodes)
-    return [n for n in tensors if n in above and (_nbytes(n) or 0) >= min_bytes]
+    sizes = {n: _nbytes(n) for n in tensors if n in above}
+    return [n for n, nbytes in sizes.items() if nbytes is None or nbytes >= min_bytes]
 
 
 # --- step 2: facts about the graph ----------------------------------------------------------------
@@ -179,7 +181,7 @@ class _Facts:
         self.written = _written_storages(gm)
         self.autocast: dict[fx.Node, tuple[fx.Node, ...]] = {}  # in-graph regions, outermost first
         self.grad_off: set[fx.Node] = set()
-        self.transformed: set[fx.Node] = set()  # under vmap, grad, ...
+        self.transformed: set[fx.Node] = set()  # under vmap, grad, ..., or in inference mode
         self._read_contexts()
         self.numbers: dict[sympy.Expr, fx.Node] = {}  # inputs that are sizes
         self.symbols: dict[sympy.Basic, tuple[int, int | None]] = {}  # input, and dim of it or None
@@ -196,7 +198,8 @@ class _Facts:
                 autocast = tuple(enter for enter in autocast if enter is not node.args[0])
             elif name == "_set_grad_enabled":
                 grad_off = not node.args[0]
-            depth += name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
+            depth += name.endswith(("_increment_nesting", "_enter_inference_mode"))
+            depth -= name.endswith(("_decrement_nesting", "_exit_inference_mode"))
             self.autocast[node] = autocast
             if grad_off:
                 self.grad_off.add(node)
@@ -240,7 +243,7 @@ class _Facts:
             name = op_name(container if isinstance(container, fx.Node) else node)
             return f"{name} cannot be repeated later"
         if node in self.transformed:
-            return f"{node.name} is under a torch.func transform"
+            return f"{node.name} is computed under torch.func or in inference mode"
         if node in self.grad_off and _tensor(output).requires_grad:
             return f"{node.name} is computed with gradients off"
         return None
@@ -291,7 +294,8 @@ def _written_storages(gm: fx.GraphModule) -> set[int]:
 def _writes_unseen(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether `node` may write to its arguments without a trace in their versions."""
     if isinstance(node.target, HigherOrderOperator):
-        bodies = [getattr(gm, str(n.target)) for n in node.all_input_nodes if n.op == "get_attr"]
+        names = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+        bodies = [operator.attrgetter(name)(gm) for name in names]
         return "mutation" in op_name(node) or any(map(_writes_inputs, bodies))
     overloads: list[Any] = []
     if isinstance(node.target, OpOverload):
@@ -361,10 +365,10 @@ def _find_closure(output: fx.Node, facts: _Facts, max_nodes: int) -> _Closure | 
     closure = _closure_above(output, cut, facts)
     size, kept = _nbytes(output) or 0, _frontier_nbytes(closure)
     if kept * FRONTIER_SHARE > size:
-        sources = ", ".join(
-            f"{n.name} ({obstacles[n]})" if n in obstacles else n.name for n in closure.frontier
-        )
-        return f"its {size:,} bytes can only be made again from {kept:,} other bytes: {sources}"
+        names = ", ".join(node.name for node in closure.frontier)
+        why = [obstacles[n] for n in closure.frontier if n in obstacles]
+        why = "; ".join(why or [next(iter(obstacles.values()))])
+        return f"its {size:,} bytes can only be made again from the {kept:,} of {names}: {why}"
     return closure
 
 
@@ -395,7 +399,7 @@ _REPEATABLE = frozenset(
     __add__ __radd__ __sub__ __mul__ __rmul__ __truediv__
     float double half bfloat16 to type_as
     contiguous view reshape flatten unflatten permute transpose t squeeze unsqueeze narrow select
-    size dim
+    detach size dim
     """.split()  # noqa: SIM905
 )
 """Names of tensor methods, and of functions of `operator`, `torch` and `torch.nn.functional`."""
@@ -409,13 +413,11 @@ def _is_repeatable(node: fx.Node) -> bool:
     is_number = isinstance(value, int | float | torch.SymInt | torch.SymFloat | torch.Size)
     if not (is_number or _is_plain(node)) or node.kwargs.get("out") is not None:
         return False
-    if _any_argument(node, lambda arg: isinstance(arg, torch.SymInt | torch.SymFloat)):
-        return False  # a symbolic number that no node passes
+    if _has_bare_symbols(node):
+        return False
     name = op_name(node)
-    if node.target is operator.getitem:  # a mask would make a size that depends on data
-        return isinstance(_value(source), torch.Tensor | torch.Size) and not _any_argument(
-            node, lambda arg: isinstance(arg, fx.Node) and _is_mask(arg)
-        )
+    if node.target is operator.getitem:
+        return isinstance(_value(source), torch.Tensor | torch.Size)
     if node.op == "call_method" and name == "item":  # how Dynamo passes a float of the module
         return source.op == "placeholder" and _tensor(source).device.type == "cpu"
     if node.target is getattr:
@@ -429,15 +431,11 @@ def _is_repeatable(node: fx.Node) -> bool:
     return node.op == "call_method" and name in _REPEATABLE
 
 
-def _any_argument(node: fx.Node, test: Any) -> bool:
-    found: list[bool] = []
-    map_aggregate((node.args, node.kwargs), lambda arg: found.append(bool(test(arg))))
-    return any(found)
-
-
-def _is_mask(node: fx.Node) -> bool:
-    value = _value(node)
-    return isinstance(value, torch.Tensor) and value.dtype in (torch.bool, torch.uint8)
+def _has_bare_symbols(node: fx.Node) -> bool:
+    """Whether a symbolic number is written into the arguments, where no node passes it."""
+    found: list[Any] = []
+    map_aggregate((node.args, node.kwargs), found.append)
+    return any(isinstance(arg, torch.SymInt | torch.SymFloat) for arg in found)
 
 
 # --- steps 4 and 5: new graphs --------------------------------------------------------------------
@@ -542,8 +540,9 @@ def _is_plain(node: fx.Node) -> bool:
 
 def _storage(node: fx.Node) -> int:
     """An identity of the memory behind a tensor; a view has its base's."""
-    storage: Any = _tensor(node).untyped_storage()
-    return storage._cdata
+    tensor = _tensor(node)
+    storage: Any = tensor.untyped_storage() if tensor.layout is torch.strided else None
+    return id(tensor) if storage is None else storage._cdata
 
 
 def _share_memory(node: fx.Node, other: fx.Node) -> bool:

@@ -66,13 +66,15 @@ def _rows_per_position(region: Region) -> int:
     return max(1, total // max(1, columns) // region.length)
 
 
-def _divide_evenly(length: int, num_chunks: int) -> int:
-    """A chunk size for about `num_chunks` chunks; equal chunks when up to a half more of them would
-    be."""
-    for count in range(num_chunks, num_chunks + num_chunks // 2 + 1):
-        if length % count == 0:
-            return length // count
-    return math.ceil(length / num_chunks)
+def even_chunk(length: int, wanted: int, least: int) -> int:
+    """A chunk of about `wanted` positions, at least `least`: the divisor of `length` nearest to it
+    within a factor of two, so that all chunks are equal and one compiled body serves them; else
+    chunks as equal as can be."""
+    divisors = [length // n for n in range(1, length // max(1, wanted // 2) + 1) if length % n == 0]
+    near = [d for d in divisors if d >= least and wanted <= 2 * d and d <= 2 * wanted]
+    if near:
+        return min(near, key=lambda d: (max(d / wanted, wanted / d), d))
+    return math.ceil(length / max(1, math.ceil(length / wanted)))
 
 
 class _Planner:
@@ -93,7 +95,7 @@ class _Planner:
         self.tangent = tangent_nodes(graph)
         self.mutated = mutated_inputs(graph)
         self.saved = saved_values(graph)
-        self.bodies: dict[Region, Bodies] = {}
+        self.known_bytes: dict[tuple[str, int], int] = {}
 
     def run(self) -> Planned:
         before = analyze_liveness(self.graph)
@@ -110,13 +112,19 @@ class _Planner:
             if not planned:
                 break
             chosen.update(planned)
-            chunked, now = self.rewrite(chosen)
-            sized = {self.resize(p, b, now): b for p, b in chosen.items()}
-            chosen = {p: b for p, b in sized.items() if p.num_chunks > 1}
-            if not chosen:
-                chunked, now = None, before
-                continue
-            chunked, now = self.rewrite(chosen, with_transient=True)
+            chunked = self.rewrite(chosen)
+            floor = analyze_liveness(chunked.graph)
+            sized = {p: self.resize(p, b, floor) for p, b in chosen.items()}
+            if all(p.num_chunks > 1 for p in sized.values()):
+                chunked = chunked.resized(sized)
+                chosen = {sized[p]: b for p, b in chosen.items()}
+            else:
+                chosen = {sized[p]: b for p, b in chosen.items() if sized[p].num_chunks > 1}
+                if not chosen:
+                    chunked, now = None, before
+                    continue
+                chunked = self.rewrite(chosen)
+            now = self.with_bodies(chunked)
         after = now.peak_bytes - now.gradient_bytes
         if chunked is None or now.peak_bytes > (1 - MIN_GAIN) * before.peak_bytes:
             return self.untouched(before, start)
@@ -168,36 +176,39 @@ class _Planner:
         region = plan.region
         per_row = _rows_per_position(region)
         if self.options.chunk_rows is not None:
-            wanted = max(1, self.options.chunk_rows // per_row)
-        else:
-            wanted = max(1, self.options.min_rows // per_row)
-            room = TRANSIENT_SHARE * floor.peak_bytes
-            per_position = max(
-                body_bytes(b, self.axes, region) / region.length
-                for b in (bodies.forward, bodies.backward)
-                if b
-            )
-            wanted = max(wanted, int(room / max(per_position, 1e-9)))
-        num_chunks = max(1, math.ceil(region.length / wanted))
-        if self.options.chunk_rows is None:
-            chunk = _divide_evenly(region.length, num_chunks)
-        else:
-            chunk = min(wanted, region.length)
+            chunk = max(1, min(region.length, self.options.chunk_rows // per_row))
+            return replace(plan, chunk=chunk, num_chunks=math.ceil(region.length / chunk))
+        least = max(1, self.options.min_rows // per_row)
+        per_position = max(
+            self.body_bytes(b, region) / region.length
+            for b in (bodies.forward, bodies.backward)
+            if b
+        )
+        room = TRANSIENT_SHARE * floor.peak_bytes
+        wanted = max(least, int(room / max(per_position, 1e-9)))
+        chunk = even_chunk(region.length, min(wanted, region.length), least)
         return replace(plan, chunk=chunk, num_chunks=math.ceil(region.length / chunk))
 
-    def rewrite(
-        self, chosen: Mapping[LoopPlan, Bodies], *, with_transient: bool = False
-    ) -> tuple[ChunkedGraph, Liveness]:
-        chunked = chunk_graph(self.graph, self.axes, chosen, self.loop_op, self.lowering)
+    def rewrite(self, chosen: Mapping[LoopPlan, Bodies]) -> ChunkedGraph:
+        return chunk_graph(self.graph, self.axes, chosen, self.loop_op, self.lowering)
+
+    def with_bodies(self, chunked: ChunkedGraph) -> Liveness:
+        """Memory of the rewritten graph, a chunk's body counted where its loop runs."""
         extra: dict[Node, int] = {}
-        if with_transient:
-            for loop in chunked.loops:
-                share = loop.plan.chunk / loop.plan.region.length
-                extra[loop.node] = int(share * body_bytes(loop.body, self.axes, loop.plan.region))
-        return chunked, analyze_liveness(chunked.graph, lambda n: extra.get(n, 0))
+        for loop in chunked.loops:
+            share = loop.plan.chunk / loop.plan.region.length
+            extra[loop.node] = int(share * self.body_bytes(loop.body, loop.plan.region))
+        return analyze_liveness(chunked.graph, lambda n: extra.get(n, 0))
+
+    def body_bytes(self, body: Body, region: Region) -> int:
+        """`body_bytes`, once per distinct body."""
+        key = (body.spec, region.length)
+        if key not in self.known_bytes:
+            self.known_bytes[key] = body_bytes(body)
+        return self.known_bytes[key]
 
 
-def body_bytes(body: Body, axes: Axes, region: Region) -> int:
+def body_bytes(body: Body) -> int:
     """Bytes that a body needs for the whole axis at once, its inputs not counted; a chunk needs its
     share."""
     members = set(body.nodes)

@@ -84,9 +84,18 @@ class _Split:
     axis: int
     length: int
 
+    def __post_init__(self) -> None:
+        self._known: dict[Node, str] = {}
+        self._widths: dict[Node, float] = {}
+
     def status(self, node: Node) -> str:
         """``whole`` (does not touch the axis), ``split``, ``partial``, or why it cannot be
         chunked."""
+        if node not in self._known:
+            self._known[node] = self._status(node)
+        return self._known[node]
+
+    def _status(self, node: Node) -> str:
         role = self.axes.role(node, self.axis)
         if role == "absent":
             return "whole"
@@ -111,7 +120,9 @@ class _Split:
         return node.op == "call_function" and self.status(node) == "split"
 
     def width(self, node: Node) -> float:
-        return nbytes(node.meta.get("val")) / self.length
+        if node not in self._widths:
+            self._widths[node] = nbytes(node.meta.get("val")) / self.length
+        return self._widths[node]
 
 
 class RegionFinder:
@@ -128,6 +139,10 @@ class RegionFinder:
         self.outputs = set(output_nodes(graph))
         self.taken: set[Node] = set()
         self.refusals: list[Refusal] = []
+        self.splits: dict[int, _Split] = {}
+        self.hopeless: set[tuple[Node, int]] = (
+            set()
+        )  # nodes that a failed attempt flooded, and its axis
         self.hints = symbol_hints(graph)
         self.weights: dict[int, int] = {}  # axis -> how many float inputs have it
         for node in graph.find_nodes(op="placeholder"):
@@ -163,7 +178,9 @@ class RegionFinder:
         for axis in sorted(own, key=lambda a: (self.weights.get(a, 0), -(self._length(a) or 0))):
             length = self._length(axis)
             assert length is not None, sizes[axis]
-            split = _Split(self.axes, axis, length)
+            split = self.splits.setdefault(axis, _Split(self.axes, axis, length))
+            if (seed, axis) in self.hopeless:
+                continue
             base = sum(split.width(i) for i in seed.all_input_nodes if split.is_split(i))
             if not split.is_split(seed) or base == 0 or split.width(seed) < AMPLIFY * base:
                 continue
@@ -186,6 +203,7 @@ class RegionFinder:
     def _grow(self, seed: Node, split: _Split, threshold: float) -> Region | Refusal:
         wide = self._flood(seed, split, threshold)
         region = set(wide)
+        self.hopeless |= {(n, split.axis) for n in wide}
         for node in wide:
             region |= {u for u in node.users if u.op == "call_function" and self._joins(u, split)}
         obstacle = self._close(region, split)

@@ -263,13 +263,22 @@ def _length(axes: Axes, product: tuple[int, ...]) -> int:
     return size
 
 
+def _may_move(node: Node, tangent: set[Node], min_bytes: int) -> bool:
+    """What can be told without axes: fixed sizes, large, really cut, and the only forward reader."""
+    if not _static(node) or nbytes(node.meta["val"]) < min_bytes or node in tangent:
+        return False
+    source = node.all_input_nodes[0]
+    if source.op == "placeholder" or source.meta["val"].shape == node.meta["val"].shape:
+        return False
+    # where the whole is needed too (the halves of a rotary embedding), nothing is gained
+    return all(u is node or u in tangent for u in source.users)
+
+
 def _cut_of(node: Node, axes: Axes, tangent: set[Node], min_bytes: int) -> _Cut | None:
     """The cut that a ``slice`` makes, if it is one that can move."""
-    if _packet(node) is not aten.slice or not _static(node) or nbytes(node.meta["val"]) < min_bytes:
+    if _packet(node) is not aten.slice or not _may_move(node, tangent, min_bytes):
         return None
     source = node.all_input_nodes[0]
-    if any(u is not node and u not in tangent for u in source.users):
-        return None  # the whole is needed too (the halves of a rotary embedding)
     bounds = _bounds(node, 1, source.meta["val"].shape[node.args[1]] if len(node.args) > 1 else 0)  # type: ignore[index]
     if bounds is None:
         return None
@@ -303,7 +312,9 @@ def move_slices(graph: Graph, *, min_bytes: int) -> Graph:
         graph: a functional aten graph; left as it is.
         min_bytes: smallest cut value that is worth moving.
     """
-    if not graph.find_nodes(op="call_function", target=aten.slice.Tensor):
+    tangent = tangent_nodes(graph)
+    slices = graph.find_nodes(op="call_function", target=aten.slice.Tensor)
+    if not any(_may_move(n, tangent, min_bytes) for n in slices):
         return graph
     current = graph
     moved: set[str] = set()

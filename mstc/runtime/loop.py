@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+from mstc import history
 from mstc.errors import BodyCompilationWarning
 from mstc.inductor import CompiledBody, compile_body, hide_autocast
 
@@ -110,8 +111,9 @@ class Program:
     compiled: dict[
         tuple[Any, ...], Callable[[Sequence[int], list[torch.Tensor]], Sequence[torch.Tensor]]
     ] = field(default_factory=dict)
-    open_bodies: list[CompiledBody] = field(default_factory=list)
-    first_sizes: dict[tuple[Any, ...], tuple[int, ...]] = field(default_factory=dict)
+    open_bodies: dict[tuple[Any, ...], list[CompiledBody]] = field(default_factory=dict)
+    seen: dict[tuple[Any, ...], tuple[tuple[int, ...], set[int]]] = field(default_factory=dict)
+    """Per form of the inputs: the first sizes, and which of them have varied since."""
     failure: BaseException | None = None
 
     def run(
@@ -122,9 +124,13 @@ class Program:
         buffers: list[torch.Tensor | None] = [
             o.empty(sizes, device) if o.kind == "split" else None for o in self.outputs
         ]
-        for start in range(0, length, chunk):
+        start = 0
+        while start < length:
             size = min(chunk, length - start)
+            if length - start - size == 1 and size > 2:
+                size -= 1  # a last chunk of one would be compiled for itself
             self._step(inputs, sizes, start, size, buffers)
+            start += size
         return [
             b if b is not None else o.empty(sizes, device).zero_()
             for b, o in zip(buffers, self.outputs, strict=True)
@@ -165,8 +171,7 @@ class Program:
     ) -> Callable[[Sequence[int], list[torch.Tensor]], Sequence[torch.Tensor]]:
         """The body for these sizes; compiled now if it is the first call of its kind."""
         form = tuple(
-            (t.stride() if s is None else None, t.dtype, t.device)
-            for t, s in zip(tensors, self.inputs, strict=True)
+            (None if t.is_contiguous() else t.stride(), t.dtype, t.device) for t in tensors
         )
         key = (sizes, form)
         found = self.compiled.get(key)
@@ -182,43 +187,38 @@ class Program:
     ) -> Callable[[Sequence[int], list[torch.Tensor]], Sequence[torch.Tensor]]:
         if self.lowering["kind"] == "eager" or self.failure is not None:
             return self._eagerly
-        dtypes = tuple(f[1:] for f in form)
-        first = self.first_sizes.setdefault(dtypes, sizes)
-        dynamic = [i for i, (a, b) in enumerate(zip(first, sizes, strict=True)) if a != b and b > 1]
-        whole_layouts_open = any(
-            i in dynamic
-            for s, dims in zip(self.inputs, self.input_dims, strict=True)
-            if s is None
-            for d in dims
-            for i in d
-        )
-        if dynamic and not whole_layouts_open:
-            for body in self.open_bodies:
-                if set(dynamic) <= set(body._dynamic) and body.accepts(sizes):
-                    return body
+        first, varied = self.seen.setdefault(form, (sizes, set()))
+        varied |= {i for i, (a, b) in enumerate(zip(first, sizes, strict=True)) if a != b}
+        bodies = self.open_bodies.setdefault(form, [])
+        for body in bodies:
+            if body.accepts(sizes):
+                return body
+        dynamic = [i for i in sorted(varied) if sizes[i] > 1]
+        strided = zip(form, self.input_dims, strict=True)
+        if any(i in dynamic for f, dims in strided if f[0] is not None for d in dims for i in d):
+            dynamic = []  # strides that depend on a size that varies
         try:
             body = compile_body(
                 self.body,
                 sizes,
                 tensors,
                 self.input_dims,
-                [] if whole_layouts_open else dynamic,
+                dynamic,
                 self.lowering["config"],
             )
         except Exception as error:  # Inductor's errors have no common base
             self.failure = error
             log.warning("a loop body could not be compiled and runs op by op", exc_info=True)
-            warnings.warn(
+            what = (
                 f"Inductor could not compile a loop body ({type(error).__name__}: {error}); "
-                "it runs op by op: "
-                "the numbers and the memory are the same, the speed is not.",
-                BodyCompilationWarning,
-                stacklevel=2,
+                "it runs op by op: the numbers and the memory are the same, the speed is not."
             )
+            history.note(what)
+            warnings.warn(what, BodyCompilationWarning, stacklevel=2)
             return self._eagerly
         counters.bodies_compiled += 1
-        if dynamic and not whole_layouts_open:
-            self.open_bodies.append(body)
+        if dynamic:
+            bodies.append(body)
         return body
 
 

@@ -608,9 +608,7 @@ def test_bf16_loss_in_float32() -> None:
             logits = logits if logits.dtype == torch.float64 else logits.float()
             return F.cross_entropy(logits, labels.flatten(), reduction="sum") / labels.numel()
 
-    three_way(
-        Model(bias=True, tied=True), lm_batch(4, 64), dtype=torch.bfloat16, slack=2e-3
-    )
+    three_way(Model(bias=True, tied=True), lm_batch(4, 64), dtype=torch.bfloat16, slack=2e-3)
 
 
 def test_autocast() -> None:

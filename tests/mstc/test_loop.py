@@ -1,0 +1,243 @@
+"""The loop op by itself, and how often bodies are compiled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mstc
+from mstc.runtime import loop
+from tests.models import (
+    INDUCTOR,
+    MLP,
+    TinyLM,
+    assert_same,
+    compile_mst,
+    counting_loops,
+    fresh_compiler,  # noqa: F401  (an autouse fixture)
+    lm_batch,
+    train,
+)
+
+EAGER_LOWERING = json.dumps({"kind": "eager", "config": {}})
+INDUCTOR_LOWERING = json.dumps({"kind": "inductor", "config": {}})
+
+SQUARE = {
+    # sizes: positions, features; inputs: x split along positions, w whole
+    "body": (
+        "def forward(self, a0, a1, t0, t1):\n"
+        "    y = torch.ops.aten.mul.Tensor(t0, t1)\n"
+        "    s = torch.ops.aten.sum.dim_IntList(y, [0])\n"
+        "    return (y, s, torch.ops.aten.t.default(t0), y)\n"
+    ),
+    "inputs": [{"slice": [0, [0], 0], "dims": [[0], [1]]}, {"slice": None, "dims": [[1]]}],
+    "outputs": [
+        {"kind": "split", "dims": [[0], [1]], "dtype": "float32", "order": [0, 1], "slice": [0, [0], 0]},
+        {"kind": "sum", "dims": [[1]], "dtype": "float32", "order": [0], "slice": None},
+        {"kind": "matmul", "dims": [[1], [1]], "dtype": "float32", "order": [0, 1], "slice": None},
+    ],
+}
+
+
+def run(x: Tensor, w: Tensor, chunk: int, lowering: str = EAGER_LOWERING) -> list[Tensor]:
+    return loop.loop_op([x, w], [x.shape[0], x.shape[1]], chunk, json.dumps(SQUARE), lowering)
+
+
+def expected(x: Tensor, w: Tensor) -> list[Tensor]:
+    y = x * w
+    return [y, y.sum(0), x.t() @ y]
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 7, 8, 9, 16, 17])
+@pytest.mark.parametrize("chunk", [1, 2, 3, 8, 100])
+def test_chunks_make_the_whole(length: int, chunk: int) -> None:
+    x, w = torch.randn(length, 5), torch.randn(5)
+    for ours, whole in zip(run(x, w, chunk), expected(x, w), strict=True):
+        torch.testing.assert_close(ours, whole)
+
+
+def test_a_last_chunk_of_one_is_avoided() -> None:
+    """Inductor takes sizes of one for special, so it would be compiled for itself."""
+    sizes: list[int] = []
+    program = loop.program_of(json.dumps(SQUARE), EAGER_LOWERING)
+    body = program.body
+
+    def record(*args: Any) -> Sequence[Tensor]:
+        sizes.append(args[0])
+        return body(*args)
+
+    program.body = record
+    try:
+        run(torch.randn(17, 5), torch.randn(5), 8)
+        assert sizes == [8, 7, 2]
+    finally:
+        program.body = body
+
+
+def test_the_op_by_the_rules_of_pytorch() -> None:
+    """Schema (no input is written to, no output is an input), fake implementation, dispatch."""
+    x, w = torch.randn(9, 5), torch.randn(5)
+    torch.library.opcheck(
+        torch.ops.mst.loop.default,
+        ([x, w], [9, 5], 4, json.dumps(SQUARE), EAGER_LOWERING),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_inputs_in_any_layout() -> None:
+    x, w = torch.randn(5, 9).t(), torch.randn(10)[::2]
+    for ours, whole in zip(run(x, w, 4), expected(x, w), strict=True):
+        torch.testing.assert_close(ours, whole)
+
+
+def test_low_precision_sums_are_kept_in_float32() -> None:
+    """Products that nearly cancel: rounding each of them to bf16 would leave nothing right."""
+    torch.manual_seed(0)
+    x = torch.randn(4096, 5).bfloat16()
+    x[1::2] = -x[::2]
+    x[0] += 0.5
+    w = torch.ones(5).bfloat16()
+    ours = run(x, w, 1)[2]
+    assert ours.dtype == torch.float32
+    exact = x.double().t() @ x.double()
+    assert (ours - exact).norm() / exact.norm() < 1e-5
+
+
+# -- equal layers -------------------------------------------------------------------------------
+
+
+def test_equal_layers_share_a_body() -> None:
+    model = TinyLM(layers=4)
+    with counting_loops() as programs:
+        train(model, compile_mst(model), lm_batch(2, 37))
+    assert len(programs) == 9  # head, four layers forward and backward
+    # the last layer's backward takes the head's gradient in, the others a sum of two
+    assert len(set(programs)) <= 5
+
+
+def test_equal_layers_are_one_line_of_the_report() -> None:
+    model = TinyLM(layers=4)
+    train(model, compile_mst(model), lm_batch(2, 37))
+    (graph,) = mstc.last_report().graphs
+    assert sorted(entry.count for entry in graph.loops) == [1, 4]
+    assert "loop x4" in str(mstc.last_report())
+
+
+@pytest.mark.parametrize("rows", [1, 7, 74, 75, 1000])
+def test_any_chunk_size(rows: int) -> None:
+    model, batch = TinyLM(), lm_batch(1, 75)
+    assert_same(train(model, compile_mst(model, chunk_rows=rows), batch), train(model, model, batch))
+
+
+# -- how often bodies are compiled --------------------------------------------------------------
+
+
+@pytest.fixture
+def compiles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], list[int]]]:
+    """Stands in for Inductor: bodies run op by op, and what was asked for is recorded."""
+    asked: list[tuple[tuple[int, ...], list[int]]] = []
+
+    def compile_body(
+        body: Callable[..., Sequence[Tensor]],
+        sizes: tuple[int, ...],
+        tensors: list[Tensor],
+        shapes: object,
+        dynamic: list[int],
+        config: object,
+    ) -> Any:
+        asked.append((sizes, list(dynamic)))
+        # as in compiled code: layouts and dtypes are what they were
+        layouts = [(t.dtype, t.is_contiguous() or t.stride()) for t in tensors]
+
+        def call(args: list[Any]) -> Sequence[Tensor]:
+            given = args[len(dynamic) :]
+            assert layouts == [(t.dtype, t.is_contiguous() or t.stride()) for t in given]
+            own = list(sizes)
+            for i, size in zip(dynamic, args, strict=False):
+                own[i] = size
+            assert given[0].shape[0] == own[0], "run with sizes that it was not compiled for"
+            return body(*own, *given)
+
+        return loop.CompiledBody(call, sizes, tuple(dynamic), (), tuple(range(len(dynamic))))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "compile_body", compile_body)
+    loop.program_of.cache_clear()
+    return asked
+
+
+def check(x: Tensor, w: Tensor, chunk: int) -> None:
+    for ours, whole in zip(run(x, w, chunk, INDUCTOR_LOWERING), expected(x, w), strict=True):
+        torch.testing.assert_close(ours, whole)
+
+
+def test_two_compiles_serve_all_lengths(compiles: list[Any]) -> None:
+    w = torch.randn(5)
+    for length in (16, 19, 8, 5, 2, 17, 40, 101, 97, 0):
+        check(torch.randn(length, 5), w, 8)
+    assert compiles == [((8, 5), []), ((3, 5), [0])]
+
+
+def test_a_single_row_is_compiled_for_itself(compiles: list[Any]) -> None:
+    w = torch.randn(5)
+    for length in (16, 19, 1, 1, 40):
+        check(torch.randn(length, 5), w, 8)
+    assert compiles == [((8, 5), []), ((3, 5), [0]), ((1, 5), [])]
+
+
+def test_a_second_size_that_varies(compiles: list[Any]) -> None:
+    """And a whole input that has it: contiguous, so its layout follows from its sizes."""
+    for length, features in ((16, 5), (19, 5), (16, 6), (19, 6), (24, 7), (9, 8), (3, 9), (2, 5)):
+        check(torch.randn(length, features), torch.randn(features), 8)
+    assert compiles == [((8, 5), []), ((3, 5), [0]), ((8, 6), [0, 1])]
+
+
+def test_a_size_of_one_does_not_run_what_was_compiled_for_another(compiles: list[Any]) -> None:
+    for length, features in ((16, 5), (16, 6), (1, 7), (3, 1), (1, 1)):
+        check(torch.randn(length, features), torch.randn(features), 8)
+
+
+def test_another_layout_or_dtype_is_compiled_for_itself(compiles: list[Any]) -> None:
+    for length in (16, 19):
+        check(torch.randn(length, 5), torch.randn(5), 8)
+    for length in (16, 19, 20):
+        check(torch.randn(length, 5), torch.randn(10)[::2], 8)
+    assert len(compiles) == 4
+    for length in (16, 19, 20):
+        check(torch.randn(length, 5), torch.randint(9, (5,)), 8)
+    assert len(compiles) == 6
+
+
+def test_with_inductor_two_compiles_serve_all_lengths() -> None:
+    """The same through the public interface: one region with one body, lengths of any kind."""
+    model = MLP(16, 64)
+    call = torch.compile(model, backend="mst", options=INDUCTOR, dynamic=True)
+    before = loop.counters.bodies_compiled
+    with counting_loops() as programs, torch.no_grad():
+        for length in (24, 29, 31, 64, 7, 2, 100, 17):
+            x = torch.randn(length, 16)
+            torch.testing.assert_close(call(x), model(x))
+    assert len(set(programs)) == 1
+    assert loop.counters.bodies_compiled - before <= 2
+
+
+def test_memory_of_the_sum_is_not_that_of_all_chunks() -> None:
+    """Buffers are added to in place: one of each, whatever the number of chunks."""
+
+    def loss(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(x @ w.t(), labels)
+
+    x = torch.randn(512, 32, requires_grad=True)
+    w = nn.Parameter(torch.randn(4096, 32) / 6)
+    labels = torch.randint(4096, (512,))
+    call = compile_mst(loss, chunk_rows=16)
+    call(x, w, labels).backward()
+    w.grad = x.grad = None
+    trace = mstc.measure_peak(lambda: call(x, w, labels).backward(), parameters=[w, x])
+    logits, gradient = 512 * 4096 * 4, w.nbytes
+    assert trace.peak_intermediate_nbytes < 0.3 * logits + 2 * gradient
