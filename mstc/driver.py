@@ -55,6 +55,19 @@ def _replace_contents(graph: Graph, new: Graph) -> None:
         copied[node] = graph.node_copy(node, copied.__getitem__)
 
 
+def _fall_back(error: Exception, report: Report) -> None:
+    """Say that a pass failed; the graph stays as it is."""
+    log.debug("a pass failed", exc_info=error)
+    report.notes.append(f"a graph was left as it was: {type(error).__name__}: {error}")
+    warnings.warn(
+        f'backend="mst" left a graph as it was, because a pass failed '
+        f"({type(error).__name__}: {error}). "
+        "Training goes on as with Inductor. Please report this.",
+        FallbackWarning,
+        stacklevel=3,
+    )
+
+
 class ChunkPass(CustomGraphPass):
     """Our place in Inductor: sees every joint graph, and every inference graph, before it does
     anything to it."""
@@ -95,15 +108,7 @@ class ChunkPass(CustomGraphPass):
                 observe=Observer(),
             )
         except Exception as error:  # a mistake of ours must not cost the user the run
-            log.debug("a pass failed", exc_info=True)
-            self.report.notes.append(f"a graph was left as it was: {type(error).__name__}: {error}")
-            warnings.warn(
-                f'backend="mst" left a graph as it was, because a pass failed '
-                f"({type(error).__name__}: {error}). "
-                "Training goes on as with Inductor. Please report this.",
-                FallbackWarning,
-                stacklevel=2,
-            )
+            _fall_back(error, self.report)
             return
         if planned.chunked is not None:
             _replace_contents(graph, planned.chunked.graph)
@@ -119,7 +124,11 @@ def _deferred(gm: GraphModule, options: Options, report: Report) -> DeferResult 
     """Step one; None when no output leaves the graph."""
     if not options.defer_outputs:
         return None
-    result = defer_outputs(gm, min_bytes=options.min_deferred_bytes)
+    try:
+        result = defer_outputs(gm, min_bytes=options.min_deferred_bytes)
+    except Exception as error:  # as above
+        _fall_back(error, report)
+        return None
     report.refusals += result.refusals
     for output in result.deferred:
         shape = "x".join(map(str, output.shape))

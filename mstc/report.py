@@ -38,7 +38,7 @@ class LoopReport:
     axis_length: int  # positions
     chunk: int  # positions
     num_chunks: int
-    inside_bytes: int  # kept from being alive at once, together
+    inside_bytes: int  # of values that exist a chunk at a time only, together
     count: int  # equal layers
 
 
@@ -151,7 +151,7 @@ def render(report: Report) -> str:
             lines.append(
                 f"  loop{many}: {loop.num_chunks} chunks of {loop.chunk} "
                 f"along an axis of {loop.axis_length}, "
-                f"{loop.mode}, keeps {_mib(loop.inside_bytes)} from being alive at once"
+                f"{loop.mode}, {_mib(loop.inside_bytes)} of values a chunk at a time"
             )
             lines.append(f"    from {loop.seed} at {loop.source}")
         for refusal in graph.refusals:

@@ -96,11 +96,13 @@ class _BodyBuilder:
         axis: int,
         inside: frozenset[Node],
         prelude: frozenset[Node],
+        foreign: frozenset[Node],
         tangent: set[Node],
         narrow_bytes: float,
     ) -> None:
         self.axes = axes
         self.inside = inside
+        self.foreign = foreign
         self.prelude = prelude
         self.tangent = tangent
         self.narrow_bytes = narrow_bytes
@@ -111,6 +113,7 @@ class _BodyBuilder:
         self.inputs: dict[Node, Node] = {}
         self.nodes: list[Node] = []
         self.sizes: dict[int, Node] = {}
+        self.sums: set[Node] = set()  # outputs that are complete only after the last chunk
 
     def dims(self, node: Node) -> tuple[tuple[int, ...], ...]:
         return tuple(self.product(p) for p in self.axes.dims(node))
@@ -125,7 +128,10 @@ class _BodyBuilder:
         if node.op != "call_function":
             return False
         if node in self.inside:
-            return True
+            # a sum over the axis is read from the loop that makes it, never a chunk's part of it
+            return node in self.sums or self.axes.role(node, self.axis) != "sum"
+        if node in self.foreign:
+            return False
         if (
             any(self.is_symbolic(a) for a in node.all_input_nodes)
             and rules.size_argument(node) is None
@@ -221,6 +227,8 @@ class _BodyBuilder:
                     "matmul" if getattr(node.target, "overloadpacket", None) is aten.mm else "sum"
                 )
             described.append((node, kind))
+            if kind != "split":
+                self.sums.add(node)
             roots.extend(node.all_input_nodes if kind == "matmul" else [node])
         order = self.order(roots)
         boundary = [n for n in order if not self.computed(n)]
@@ -229,7 +237,12 @@ class _BodyBuilder:
                 raise BodyError(f"{op_name(node)} reads a size that is known at run time only")
             if self.axes.axes(node).count(self.axis) > 1:
                 raise BodyError(f"{node} has the loop axis twice")
+            if not isinstance(node.meta.get("val"), torch.Tensor):
+                raise BodyError(f"{op_name(node)} makes several values, of which one is read")
         self.nodes = [n for n in order if self.computed(n)]
+        for node in self.nodes:
+            if self.sums.intersection(node.all_input_nodes):
+                raise BodyError(f"{op_name(node)} reads a sum over the axis inside the loop")
         # every axis gets its number before code is written, so that size arguments come first
         for node in (*boundary, *self.nodes, *outputs):
             self.dims(node)
@@ -301,6 +314,7 @@ def build_body(
     tangent: set[Node],
     seed: Node,
     prelude: frozenset[Node] = frozenset(),
+    foreign: frozenset[Node] = frozenset(),
 ) -> Body:
     """The body that makes `outputs`, each split along `axis` or a sum over it.
 
@@ -312,13 +326,14 @@ def build_body(
         tangent: nodes that depend on a tangent.
         seed: the region's widest node, against which the prelude's values are called small.
         prelude: further outside nodes to compute again.
+        foreign: nodes of other regions, which are read as those make them.
 
     Raises:
         BodyError: a size that only run time knows is read inside, or a boundary input has the axis
             twice.
     """
     narrow = nbytes(seed.meta.get("val")) / _NARROW
-    return _BodyBuilder(axes, axis, inside, prelude, tangent, narrow).build(outputs)
+    return _BodyBuilder(axes, axis, inside, prelude, foreign, tangent, narrow).build(outputs)
 
 
 def sizes_of(body: Body, axes: Axes) -> list[Size]:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.fx import Node
 
+from passes.rules.arguments import argument
+
 aten = torch.ops.aten
 prims = torch.ops.prims
 
@@ -62,11 +64,10 @@ def _is_zero(arg: object) -> bool:
     if packet in (aten.zeros, aten.zeros_like, aten.new_zeros):
         return True
     if packet is aten.scalar_tensor:
-        return bool(arg.args[0] == 0)
-    if packet in (aten.full, aten.full_like):
-        return bool(arg.args[1] == 0)
-    if packet is aten.new_full:
-        return bool(arg.args[2] == 0)
+        return _is_zero(argument(arg, "s"))
+    if packet in (aten.full, aten.full_like, aten.new_full):
+        value = argument(arg, "fill_value")
+        return isinstance(value, (int, float)) and value == 0
     return packet in (aten.expand, aten.view, aten.alias, prims.convert_element_type) and _is_zero(
         arg.args[0]
     )
@@ -77,11 +78,14 @@ def _keeps(node: Node, depends: Callable[[object], bool]) -> bool:
     operands = [depends(a) for a in node.args]
     if any(depends(v) for v in node.kwargs.values()):
         return False
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return False  # rounded to integers, or a choice
     if packet is prims.convert_element_type:
-        dtype = node.args[1]
-        return isinstance(dtype, torch.dtype) and dtype.is_floating_point
-    if packet in _FIRST:
-        # a rounding mode or a dtype leaves linearity to the op, so only the plain forms count
+        return True
+    if packet is aten.constant_pad_nd and not _is_zero(argument(node, "value")):
+        return False
+    if packet in _FIRST and node.target is not aten.view.dtype:
         return operands[0] and sum(operands) == 1 and not node.kwargs.get("rounding_mode")
     if packet in _BILINEAR:
         return sum(operands) == 1

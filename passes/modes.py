@@ -21,16 +21,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Node
 
 from passes import rules
 from passes.axes import Axes
-from passes.body import Body, build_body
+from passes.body import Body, BodyError, build_body
 from passes.linear import is_linear_in
 from passes.liveness import is_fusible
 from passes.records import Mode, Region
 from passes.source import hint
 
+_LONG_RANGE = 1e30  # float16 and float8 end far below, bfloat16 and float32 do not
 _MAX_PRELUDE = 12  # pointwise ops that are computed again rather than their result kept
 
 
@@ -82,6 +84,13 @@ def _scalar_chain(sources: list[Node], tangent: set[Node]) -> tuple[Node, tuple[
     return roots.pop(), tuple(chain)
 
 
+def _has_short_range(node: Node) -> bool:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return False
+    return torch.finfo(value.dtype).max < _LONG_RANGE
+
+
 def _depends_on(nodes: list[Node], made: set[Node]) -> bool:
     seen: set[Node] = set()
     stack = list(nodes)
@@ -95,19 +104,25 @@ def _depends_on(nodes: list[Node], made: set[Node]) -> bool:
     return False
 
 
-def gradient_in_forward(region: Region, axes: Axes, tangent: set[Node]) -> Bodies | None:
+def gradient_in_forward(
+    region: Region, axes: Axes, tangent: set[Node], foreign: frozenset[Node]
+) -> Bodies | None:
     """One loop for both directions, or None when it cannot be proven right."""
     if not region.backward:
         return None
     forward, backward = region_outputs(region, tangent)
-    body = build_body(
-        [*forward, *backward],
-        axes=axes,
-        axis=region.axis,
-        inside=region.nodes,
-        tangent=tangent,
-        seed=region.seed,
-    )
+    try:
+        body = build_body(
+            [*forward, *backward],
+            axes=axes,
+            axis=region.axis,
+            inside=region.nodes,
+            tangent=tangent,
+            seed=region.seed,
+            foreign=foreign,
+        )
+    except BodyError:
+        return None  # two loops may still do
     sources = [n for n in body.inputs if n in tangent]
     found = _scalar_chain(sources, tangent)
     if found is None:
@@ -124,6 +139,8 @@ def gradient_in_forward(region: Region, axes: Axes, tangent: set[Node]) -> Bodie
         root, [*chain, *body.nodes, *(o.node for o in body.outputs if o.kind == "matmul")]
     ):
         return None
+    if any(n in tangent and _has_short_range(n) for n in [*chain, *body.nodes, *backward]):
+        return None  # a tangent that scales the loss keeps small gradients from vanishing
     return Bodies("gradient-in-forward", body, None, root, chain)
 
 
@@ -167,7 +184,13 @@ def _read_inside_only(node: Node, nodes: frozenset[Node]) -> bool:
     return all(u in nodes or (rules.is_view(u) and _read_inside_only(u, nodes)) for u in node.users)
 
 
-def recompute(region: Region, axes: Axes, tangent: set[Node], saved: frozenset[Node]) -> Bodies:
+def recompute(
+    region: Region,
+    axes: Axes,
+    tangent: set[Node],
+    saved: frozenset[Node],
+    foreign: frozenset[Node],
+) -> Bodies:
     """Two loops; the backward's body computes again what it needs of the forward."""
     forward, backward = region_outputs(region, tangent)
     prelude = _prelude(region, tangent, saved) if backward else frozenset[Node]()
@@ -183,6 +206,7 @@ def recompute(region: Region, axes: Axes, tangent: set[Node], saved: frozenset[N
             tangent=tangent,
             seed=region.seed,
             prelude=prelude,
+            foreign=foreign,
         )
 
     return Bodies(

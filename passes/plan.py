@@ -152,11 +152,12 @@ class _Planner:
 
     def prepare(self, region: Region) -> tuple[LoopPlan, Bodies] | None:
         """The bodies of a region, or a refusal."""
+        foreign = frozenset(n for r in self.regions if r is not region for n in r.nodes)
         try:
             bodies = None
             if self.options.gradient_in_forward:
-                bodies = gradient_in_forward(region, self.axes, self.tangent)
-            bodies = bodies or recompute(region, self.axes, self.tangent, self.saved)
+                bodies = gradient_in_forward(region, self.axes, self.tangent, foreign)
+            bodies = bodies or recompute(region, self.axes, self.tangent, self.saved, foreign)
         except BodyError as error:
             self.refuse(region, str(error))
             return None

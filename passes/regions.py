@@ -34,6 +34,7 @@ Source: Mini-Sequence Transformer (Luo et al., NeurIPS 2024) for the two cases t
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -97,22 +98,29 @@ class _Split:
 
     def _status(self, node: Node) -> str:
         role = self.axes.role(node, self.axis)
-        if role == "absent":
-            return "whole"
+        if role == "absent" or (rules.is_creation(node) and not node.all_input_nodes):
+            return "whole"  # a constant is made wherever it is read
         if self.axes.is_opaque(node):
             return f"{op_name(node)} has no rule for the loop axis"
         if role == "entangled":
             return f"{op_name(node)} mixes positions of the loop axis"
-        if any(self.axes.axes(i).count(self.axis) > 1 for i in node.all_input_nodes):
+        if any(n > 1 for i in node.all_input_nodes for n in self._counts(i)):
             return f"{op_name(node)} reads a tensor that has the loop axis twice"
-        count = self.axes.axes(node).count(self.axis)
+        counts = self._counts(node)
         if role == "sum":
             return (
-                "partial" if count == 0 else f"{op_name(node)} sums over the loop axis and keeps it"
+                "partial"
+                if not any(counts)
+                else f"{op_name(node)} sums over the loop axis and keeps it"
             )
-        if count != len([d for d in self.axes.output_dims(node) if d is not None]):
+        if any(n != 1 for n in counts):
             return f"{op_name(node)} drops the loop axis, or has it twice"
         return "split"
+
+    def _counts(self, node: Node) -> list[int]:
+        """How often each of a node's output tensors has the axis."""
+        outputs = self.axes.output_dims(node)
+        return [sum(p.count(self.axis) for p in dims) for dims in outputs if dims is not None]
 
     def is_split(self, node: Node) -> bool:
         if node.op == "placeholder":
@@ -121,7 +129,9 @@ class _Split:
 
     def width(self, node: Node) -> float:
         if node not in self._widths:
-            self._widths[node] = nbytes(node.meta.get("val")) / self.length
+            value = node.meta.get("val")
+            values = value if isinstance(value, (tuple, list)) else (value,)
+            self._widths[node] = sum(map(nbytes, values)) / self.length
         return self._widths[node]
 
 
@@ -284,6 +294,7 @@ class RegionFinder:
             for part in (n for n in region if split.status(n) == "partial"):
                 # a sum over the axis is complete only after the loop: nobody inside may read it
                 missing |= {u for u in part.users if u in region}
+            missing |= self._apart(region, split)
             if not missing:
                 return obstacle
             bad = [
@@ -300,6 +311,19 @@ class RegionFinder:
                     f"{first} lies between nodes of a region and none depends on it"
                 )
             region -= late
+
+    def _apart(self, region: set[Node], split: _Split) -> set[Node]:
+        """What belongs to nodes of several outputs: these and the nodes that pick one stay
+        together."""
+        missing: set[Node] = set()
+        for node in region:
+            if node.target is operator.getitem:
+                missing |= set(node.all_input_nodes) - region
+            elif isinstance(node.meta.get("val"), (tuple, list)):
+                picks = set(node.users) - region
+                free = all(p not in self.taken and split.status(p) == "split" for p in picks)
+                missing |= picks if free else {node}
+        return missing
 
     def _drop_unconnected(self, region: set[Node], seed: Node) -> None:
         """After a cut, keep what still hangs together with the seed."""

@@ -129,7 +129,7 @@ class _Recipe:
         values = [next(given) if n is None else n for n in self.numbers]
         with ExitStack() as stack:
             for device_type, enabled, dtype in self.autocast:
-                # No cache: a weight that is cast here must not serve a forward pass elsewhere.
+                # No cache: it would keep a cast weight until the caller's own region ends.
                 autocast = torch.autocast(device_type, dtype, enabled, cache_enabled=False)
                 stack.enter_context(autocast)
             stack.enter_context(_same_autocast_depth())

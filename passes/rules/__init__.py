@@ -11,6 +11,8 @@ results add up to the whole.
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch.fx import Node
 
@@ -67,6 +69,8 @@ def is_reshape(node: Node) -> bool:
 
 def is_view(node: Node) -> bool:
     """Whether the output shares its input's storage (no bytes of its own)."""
+    if node.target is operator.getitem:
+        return all(is_view(i) for i in node.all_input_nodes)
     return _packet(node) in shape.VIEWS
 
 

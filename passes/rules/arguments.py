@@ -7,7 +7,7 @@ from torch.fx import Node
 
 
 def argument(node: Node, name: str) -> object:
-    """The argument `name` of a call, however it is given; None when the overload has no such one."""
+    """The argument `name` of a call, however given; None when the overload has none such."""
     assert isinstance(node.target, torch._ops.OpOverload)
     for position, described in enumerate(node.target._schema.arguments):
         if described.name == name:

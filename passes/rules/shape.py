@@ -96,9 +96,9 @@ def slice_(call: OpCall) -> OpAxes:
         (start is None or start == 0)
         and step == 1
         and call.table.size(dims[dim]) == as_size(value.shape[dim])
+        and (end is None or (isinstance(end, int) and end > 0))
     ):
-        if end is None or (isinstance(end, int) and end > 0):
-            return OpAxes((dims,))  # the whole of it; an `end` past a slice's own end still is
+        return OpAxes((dims,))  # the whole of it; an `end` past a slice's own end still is
     return _cut(call, dim, dims)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import mstc
 from tests.models import (
     MLP,
+    NON_LEAF,
     TinyLM,
     assert_no_fallback,
     assert_same,
@@ -26,7 +27,6 @@ from tests.models import (
     train,
 )
 
-NON_LEAF = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 FUNCTION = pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated")
 
 # -- losses -------------------------------------------------------------------------------------
@@ -899,7 +899,7 @@ def test_convolution_and_pooling() -> None:
             y = F.max_pool1d(F.relu(self.conv(x)), 2).transpose(1, 2)
             return F.cross_entropy(self.head(y).flatten(0, 1), labels.flatten())
 
-    three_way(Model(), (torch.randn(2, 8, 60, requires_grad=True), tokens(2, 30)))
+    three_way(Model(), (torch.randn(2, 8, 300, requires_grad=True), tokens(2, 150)))
 
 
 @NON_LEAF

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -197,7 +198,7 @@ def test_autocast_of_the_call_is_remembered_and_no_other() -> None:
 def test_reading_in_an_autocast_region_leaves_no_cached_weight_behind() -> None:
     model = Model()
     data = batch()
-    compiled = torch.compile(model, backend=Backend())
+    compiled = torch.compile(model, backend=Backend("aot_eager"))
     with torch.autocast("cpu", torch.bfloat16):
         _, logits = compiled(*data)
         with torch.no_grad():
@@ -590,6 +591,28 @@ def test_deferred_from_a_deferred(inner: str) -> None:
     assert_same_gradients(expected[0], got[0])
 
 
+def test_an_output_that_is_a_view() -> None:
+    def forward(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = F.linear(x.sin(), w)[:, 1:].mT
+        return logits.square().mean(), logits
+
+    w = torch.randn(VOCAB, WIDTH, requires_grad=True)
+    compiled = torch.compile(forward, backend=Backend("aot_eager"), dynamic=True)
+    for rows in (4, 6):
+        x = torch.randn(rows, WIDTH)
+        (_, plain), (_, ours) = forward(x, w), compiled(x, w)
+        assert type(ours) is DeferredTensor
+        for use in (lambda t: t, lambda t: t.double(), lambda t: t.detach(), lambda t: t.mT):
+            for tensor in (use(ours), use(ours * 1)):
+                assert tensor.shape == use(plain).shape
+                torch.testing.assert_close(tensor * 1, use(plain) * 1)
+            assert use(ours).stride() == use(plain).stride()
+            assert use(ours).storage_offset() == use(plain).storage_offset()
+        for tensor in (plain, ours):
+            tensor[1:].mul_(2)
+        torch.testing.assert_close(ours * 1, plain * 1)
+
+
 def test_a_frontier_that_is_a_view() -> None:
     def forward(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = torch.chunk(x.cos(), 2)[1]
@@ -654,7 +677,7 @@ def test_reading_too_late_in_a_compiled_function_says_the_same(seen_before: bool
     model, loss, logits = deferred()
     loss.backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
-    with pytest.raises(RuntimeError, match="DeferredOutputError: .*has been changed in place"):
+    with pytest.raises(RuntimeError, match=r"DeferredOutputError: .*has been changed in place"):
         double(logits)
 
 
@@ -726,14 +749,14 @@ def test_an_output_made_with_gradients_off() -> None:
     assert logits.mul_(2).grad_fn is None
 
 
-def test_read_in_no_grad_then_used_with_grad() -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_read_without_gradients_then_used_with_them(mode: Any) -> None:
     expected, got = pair()
-    with torch.no_grad():
+    with mode():
         got[2].argmax()
-    with torch.inference_mode():
-        got[2].argmin()
     for _, _, logits in (expected, got):
-        logits.mul_(2).square().sum().backward()
+        logits[0].mul_(2)
+        (logits.mul_(2).square().sum() + logits[1].square().sum()).backward()
     assert_same_gradients(expected[0], got[0])
 
 
@@ -768,6 +791,14 @@ def test_inference_tensors_of_the_caller_are_read_at_once() -> None:
         expected = head(hidden, weight)[1]
         weight.zero_()
         assert torch.equal(logits, expected)
+
+
+def test_read_under_a_fake_mode_keeps_real_values() -> None:
+    (_, _, plain), (_, _, logits) = pair()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert logits.sum().shape == ()
+        assert mode.from_tensor(logits).shape == plain.shape
+    assert torch.equal(logits, plain)
 
 
 def test_other_threads() -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import unittest.mock
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from tests.passes.graphs import Recorder, assert_close, gradients_of
+import passes
+from tests.passes.graphs import Recorder, assert_close, compiled, gradients_of
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 Step = Callable[[dict[str, torch.Tensor], list[torch.Tensor]], torch.Tensor]
@@ -66,9 +69,9 @@ class Program:
         return v
 
 
-def _linear(m: Program, i: int) -> None:
+def _linear(m: Program, i: int, vocabulary: int = 0) -> None:
     f = m.widths[i]
-    g = m.draw(st.sampled_from(WIDE if f in NARROW else (*NARROW, *WIDE)))
+    g = vocabulary or m.draw(st.sampled_from(WIDE if f in NARROW else (*NARROW, *WIDE)))
     bias = m.real(g) if m.draw(st.booleans()) else None
     form = m.draw(st.sampled_from(["linear", "flat", "matmul", "transposed"]))
     b, s = m.batch, m.length
@@ -155,6 +158,8 @@ def _broadcast(m: Program, i: int) -> None:
 
 def _gated(m: Program, i: int) -> None:
     half = m.widths[i] // 2
+    if m.widths[i] % 2:
+        return
     m.step(f"gate(v{i})", half, lambda p, v: F.silu(v[i].chunk(2, -1)[0]) * v[i].chunk(2, -1)[1])
 
 
@@ -238,7 +243,7 @@ def program(draw: Draw, *, mixing: bool) -> Program:
         i = m.pick(recent=draw(st.integers(0, 3)) > 0)
         draw(st.sampled_from(pool))(m, i)
     if draw(st.booleans()):
-        _linear(m, len(m.steps) - 1)
+        _linear(m, len(m.steps) - 1, draw(st.sampled_from([0, 160])))
     last = len(m.steps) - 1
     _loss(m, last)
     return m
@@ -304,3 +309,309 @@ def test_random_models_that_mix_tokens():
 
     run()
     assert any(made)
+
+
+# -- small models by hand ------------------------------------------------------------------------
+
+Tensor = torch.Tensor
+
+
+def real(*shape: int, grad: bool = True) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).mul_(0.5).requires_grad_(grad)
+
+
+def compare(fn: Callable[..., Any], inputs: list[Tensor], **options: Any) -> Recorder:
+    """The same numbers with loops as without."""
+    recorder = Recorder(**{"chunk_rows": 3, **options})
+    got = gradients_of(fn, inputs, recorder)
+    assert_close(got, gradients_of(fn, inputs, None))
+    return recorder
+
+
+def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.gelu(x @ up) @ down
+
+
+def mlp_inputs(batch: int = 2, length: int = 11) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [real(batch, length, 4), real(4, 32), real(32, 4)]
+
+
+def head_inputs(rows: int = 11, vocabulary: int = 160) -> list[Tensor]:
+    torch.manual_seed(0)
+    labels = torch.randint(vocabulary, (rows,))
+    return [real(rows, 4), real(4, vocabulary), labels]
+
+
+def entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(hidden @ weight, labels)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 10, 11, 22, 100])
+def test_recompute_with_any_number_of_chunks(rows: int):
+    recorder = compare(lambda *p: mlp(*p).square().sum(), mlp_inputs(), chunk_rows=rows)
+    positions = max(1, rows // 2)  # two sequences: two rows per position
+    chunks = -(-11 // positions)
+    assert recorder.chunks == ([chunks] if chunks > 1 else [])
+    assert set(recorder.modes) <= {"recompute"}
+
+
+@pytest.mark.parametrize("rows", [1, 4, 10, 11])
+@pytest.mark.parametrize("ignored", [0, 4, 11])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradient_in_forward(rows: int, ignored: int, reduction: str):
+    hidden, weight, labels = head_inputs()
+    labels[:ignored] = -100
+
+    def fn(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(h @ w, y, reduction=reduction)
+
+    recorder = compare(fn, [hidden, weight, labels], chunk_rows=rows)
+    assert recorder.modes == (["gradient-in-forward"] if rows < 11 else [])
+
+
+def test_gradient_in_forward_can_be_declined():
+    recorder = compare(entropy, head_inputs(), gradient_in_forward=False)
+    assert recorder.modes == ["recompute"]
+
+
+def test_a_tangent_for_every_row_is_no_scalar():
+    recorder = compare(lambda h, w, y: F.cross_entropy(h @ w, y, reduction="none"), head_inputs())
+    assert recorder.modes == ["recompute"]
+
+
+def test_forward_only():
+    inputs = [t.detach() for t in mlp_inputs()]
+    recorder = compare(mlp, inputs)
+    assert recorder.modes == ["forward-only"]
+
+
+def test_bias_and_label_smoothing():
+    def fn(h: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(h, w.t(), b), y, label_smoothing=0.2)
+
+    assert compare(fn, [*head_inputs(), real(160)]).modes == ["gradient-in-forward"]
+
+
+def test_z_loss():
+    def fn(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        logits = h @ w
+        return F.cross_entropy(logits, y) + 0.1 * logits.logsumexp(-1).square().mean()
+
+    assert compare(fn, head_inputs()).modes
+
+
+def test_a_loss_that_predicts_the_next_token():
+    torch.manual_seed(0)
+    inputs = [real(2, 9, 4), real(4, 160), torch.randint(160, (2, 9))]
+
+    def fn(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        logits = (h @ w)[:, :-1]
+        return F.cross_entropy(logits.reshape(-1, 160), y[:, 1:].reshape(-1))
+
+    assert compare(fn, inputs).modes
+
+
+def test_tied_weights():
+    """One weight looks tokens up and projects to the vocabulary: its gradients add up."""
+    torch.manual_seed(0)
+    ids, labels = torch.randint(160, (11,)), torch.randint(160, (11,))
+
+    def fn(table: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return F.cross_entropy(mlp(F.embedding(ids, table), up, down) @ table.t(), labels)
+
+    recorder = compare(fn, [real(160, 4), real(4, 32), real(32, 4)])
+    assert "gradient-in-forward" in recorder.modes
+
+
+def test_the_same_layer_twice():
+    def fn(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        x = x + mlp(x, up, down)
+        x = x + mlp(x.tanh(), up, down)
+        return x.square().sum()
+
+    recorder = compare(fn, mlp_inputs())
+    assert recorder.modes == ["recompute"] * 2
+
+
+def test_layers_and_a_head():
+    def fn(x: Tensor, up: Tensor, down: Tensor, up2: Tensor, down2: Tensor, w: Tensor) -> Tensor:
+        x = x + mlp(F.layer_norm(x, (4,), eps=1e-3), up, down)
+        x = x + mlp(F.layer_norm(x, (4,), eps=1e-3), up2, down2)
+        return F.cross_entropy((x @ w).view(-1, 160), labels)
+
+    inputs = [*mlp_inputs(), *mlp_inputs()[1:], real(4, 160)]
+    labels = torch.randint(160, (22,))
+    recorder = compare(fn, inputs)
+    assert sorted(recorder.modes) == ["gradient-in-forward", "recompute", "recompute"]
+
+
+def test_a_norm_over_the_wide_features_stays_inside():
+    """Its statistics come from an op of two outputs, which stay together."""
+
+    def fn(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return (F.layer_norm(F.gelu(x @ up), (32,), eps=1e-3) @ down).square().sum()
+
+    recorder = compare(fn, mlp_inputs())
+    assert recorder.modes == ["recompute"]
+    (planned,) = recorder.planned
+    (plan,) = planned.plan.loops
+    names = {str(n.target) for n in plan.region.nodes}
+    assert "aten.var_mean.correction" in names
+
+
+@pytest.mark.parametrize("cut", ["chunk", "sort", "max"])
+def test_ops_of_several_outputs(cut: str):
+    def fn(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        wide = x @ up
+        if cut == "chunk":
+            gate, value = wide.chunk(2, -1)
+            return ((F.silu(gate) * value) @ down[:16]).square().sum()
+        if cut == "sort":
+            return (wide.sort(-1).values @ down).square().sum()
+        return ((wide * wide.max(-1, keepdim=True).values) @ down).square().sum()
+
+    assert compare(fn, mlp_inputs()).modes == ["recompute"]
+
+
+def test_a_region_reads_a_view_of_another_region():
+    """The view of a value that lives only inside another loop is read as that loop makes it."""
+
+    def fn(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        gate, value = F.linear(x, w).chunk(2, -1)
+        gated = F.silu(gate) * value
+        doubled = torch.cat((gated, gated), -1)
+        narrow = (doubled.transpose(0, 1).reshape(24, 16) @ v).view(12, 2, 4).transpose(0, 1)
+        return F.cross_entropy(narrow.reshape(-1, 4), labels)
+
+    torch.manual_seed(0)
+    labels = torch.randint(4, (24,))
+    assert compare(fn, [real(2, 12, 2), real(16, 2), real(16, 4)], chunk_rows=9).modes
+
+
+def test_a_wide_output_leaves():
+    """Nothing is gained where the wide value has to exist anyhow; the report says so."""
+
+    def fn(x: Tensor, up: Tensor) -> Tensor:
+        return F.gelu(x @ up)
+
+    recorder = compare(fn, mlp_inputs()[:2])
+    assert recorder.modes == []
+    assert "is an output of the graph" in recorder.reasons
+
+
+def test_a_narrow_output_beside_the_loss():
+    def fn(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        y = mlp(x, up, down)
+        return y.square().sum(), y
+
+    assert compare(fn, mlp_inputs()).modes == ["recompute"]
+
+
+def test_a_sum_over_tokens_beside_the_loss():
+    def fn(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        wide = F.gelu(x @ up)
+        return (wide @ down).square().sum(), wide.sum((0, 1))
+
+    assert compare(fn, mlp_inputs()).modes == ["recompute"]
+
+
+# -- not handled, and so refused -----------------------------------------------------------------
+
+OBSTACLES: dict[str, Callable[[Tensor], Tensor]] = {
+    "normalised": lambda h: h - h.mean((0, 1), keepdim=True),
+    "standardised": lambda h: h / (h.std((0, 1), keepdim=True) + 1.0),
+    "shared": lambda h: h * h.sum((0, 1)).tanh(),
+    "softmax": lambda h: h.flatten(0, 1).softmax(0).view_as(h),
+    "sorted": lambda h: h.flatten(0, 1).sort(0).values.view_as(h),
+}
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_normalisation_over_tokens_cuts(name: str):
+    """A value that all positions make together is no chunk's: no loop reads it inside."""
+
+    def fn(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return (OBSTACLES[name](F.gelu(x @ up)) @ down).square().sum()
+
+    recorder = compare(fn, mlp_inputs())
+    inside = {n for p in recorder.planned for loop in p.plan.loops for n in loop.region.nodes}
+    assert not {str(n.target) for n in inside} & {"aten.mean.dim", "aten.sort.default"}
+    assert "mixes positions" in recorder.reasons or "as large as what would" in recorder.reasons
+
+
+class _SavedSum(torch.autograd.Function):
+    """A backward that reads, through a view, a sum that the forward made over all positions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x.sum((0, 1)).view(1, 1, -1))
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (total,) = ctx.saved_tensors
+        return gradient * total
+
+
+@pytest.mark.parametrize("loss", ["square", "entropy"])
+def test_a_sum_is_never_a_chunks_part_of_it(loss: str):
+    def fn(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        if loss == "entropy":
+            return F.cross_entropy(_SavedSum.apply(x @ down).view(-1, 160), labels)
+        return (F.gelu(_SavedSum.apply(x @ up)) @ down).square().sum()
+
+    inputs = mlp_inputs()
+    labels = torch.randint(160, (22,))
+    if loss == "entropy":
+        inputs[2] = real(4, 160)
+    assert compare(fn, inputs).modes == ["recompute"]
+
+
+def test_an_input_that_the_graph_writes_to_is_refused():
+    """The backward loop would read the new value."""
+
+    def fn(x: Tensor, up: Tensor, down: Tensor, scale: Tensor) -> Tensor:
+        wide = F.gelu(x @ up) * scale
+        scale.mul_(2.0)
+        return (wide @ down).square().sum()
+
+    recorder = Recorder(chunk_rows=3)
+    compiled(fn, [*mlp_inputs(), real(32, grad=False)], recorder)
+    assert recorder.modes == []
+    assert "is changed in place by the model" in recorder.reasons
+
+
+def test_a_write_of_a_wide_value_is_not_lost():
+    def fn(x: Tensor, up: Tensor, down: Tensor, memory: Tensor) -> Tensor:
+        wide = F.gelu(x @ up)
+        memory.copy_(wide.detach())
+        return (wide @ down).square().sum()
+
+    inputs = mlp_inputs()
+    results: list[list[Tensor]] = []
+    for recorder in (Recorder(chunk_rows=3), None):
+        leaves = [t.detach().clone().requires_grad_() for t in inputs]
+        memory = torch.zeros(2, 11, 32, dtype=torch.float64)
+        run = fn if recorder is None else compiled(fn, [*leaves, memory], recorder)
+        (loss,) = made if isinstance(made := run(*leaves, memory), (tuple, list)) else (made,)
+        results.append([loss.detach(), memory, *torch.autograd.grad(loss, leaves)])
+    assert_close(*results)
+
+
+def test_the_input_graph_is_left_alone():
+    recorder = Recorder(chunk_rows=3)
+    seen: list[str] = []
+    plan = passes.run_passes
+
+    def watched(graph: Any, *args: Any, **kwargs: Any) -> Any:
+        before = str(graph)
+        planned = plan(graph, *args, **kwargs)
+        assert planned.chunked is not None
+        assert planned.chunked.graph is not graph
+        seen.extend([before, str(graph)])
+        return planned
+
+    with unittest.mock.patch("tests.passes.graphs.run_passes", watched):
+        compiled(lambda *p: mlp(*p).square().sum(), mlp_inputs(), recorder)
+    assert seen[0] == seen[1]

@@ -2,7 +2,7 @@
 
 For random calls of every op in the table, and for every axis that a rule calls ``parallel`` or
 ``sum``, the call becomes the body of a loop (`passes.body`), which the runtime runs with several
-chunk sizes. Operands are also given in factored form and viewed together, so that dims are products.
+chunk sizes. Operands are also given in factored form and viewed together: dims become products.
 """
 
 from __future__ import annotations
@@ -660,3 +660,215 @@ def test_chunks_make_the_whole(key: object):
         assert not ran
     else:
         assert ran, "no axis of any call could be looped over: the test says nothing"
+
+
+# -- pointwise ops by their tag ------------------------------------------------------------------
+
+
+def tagged() -> list[Any]:
+    """Every overload of aten and prims that `find_rule` takes for pointwise because of its tag."""
+    found: list[Any] = []
+    for schema in torch._C._jit_get_all_schemas():
+        namespace, _, name = schema.name.partition("::")
+        if namespace in ("aten", "prims") and not schema.is_mutable:
+            overload = getattr(
+                getattr(getattr(torch.ops, namespace), name), schema.overload_name or "default"
+            )
+            rule = rules._TABLE.get(overload) or rules._TABLE.get(overload.overloadpacket)
+            if torch.Tag.pointwise in overload.tags and rule is None:
+                found.append(overload)
+    return sorted(found, key=str)
+
+
+def made_up(op: Any, values: Callable[..., torch.Tensor]) -> Call | None:
+    """A call with operands of shapes that broadcast; None if a parameter is of an unknown kind."""
+    shapes = iter([(4, 1, 6), (3, 6), (4, 3, 1), (1,)])
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for described in op._schema.arguments:
+        kind = str(described.type)
+        if kind == "Tensor":
+            value: Any = values(*next(shapes))
+        elif described.has_default_value():
+            continue
+        elif kind in ("number", "Scalar", "float", "int"):
+            value = 2 if kind == "int" or values is INTS else 0.75
+        elif kind in ("Optional[Tensor]",):
+            value = None
+        else:
+            return None
+        if described.kwarg_only:
+            kwargs[described.name] = value
+        else:
+            args.append(value)
+    return op, tuple(args), kwargs
+
+
+def UNIT(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, dtype=torch.float64) * 0.8 + 0.1
+
+
+def INTS(*shape: int) -> torch.Tensor:
+    return torch.randint(1, 5, shape)
+
+
+def BOOLS(*shape: int) -> torch.Tensor:
+    return torch.rand(shape) > 0.5
+
+
+def test_ops_with_the_pointwise_tag():
+    """All of them at once: a tag that is wrong in some release of PyTorch must not pass unseen."""
+    torch.manual_seed(0)
+    ran: list[str] = []
+    for op in tagged():
+        for values in (UNIT, INTS, BOOLS):
+            call = made_up(op, values)
+            if call is None:
+                break
+            try:
+                with torch.no_grad():
+                    made = op(*call[1], **call[2])
+            except (RuntimeError, NotImplementedError, TypeError):
+                continue  # not for this dtype
+            if not isinstance(made, torch.Tensor) or op is prims.signbit.default:
+                break  # `aten.equal`; and torch's fake signbit has another dtype than the real one
+            roles = check(call)
+            if roles:
+                assert set(roles.values()) == {"parallel"}
+                ran.append(str(op))
+            break
+    assert len(ran) > 150, "few ops were tried"
+    assert {"aten.gelu.default", "aten.lerp.Tensor", "aten.native_dropout_backward.default"} <= set(
+        ran
+    )
+
+
+# -- what each rule says, once per family --------------------------------------------------------
+
+X = (4, 3, 6)  # axes 0, 1, 2 of the first operand in what follows
+
+
+def roles_of(call: Call) -> list[str]:
+    """The role of the op along every dim of its first operand."""
+    op, args, kwargs = call
+    sketch = Sketch()
+    node = sketch.call(op, *args, **kwargs)
+    sketch.finish(sketch.outputs_of(node))
+    axes = analyze_axes(sketch.graph, find_rule)
+    return [
+        axes.role(node, *product) if product else "-"
+        for product in axes.dims(node.all_input_nodes[0])
+    ]
+
+
+ROLES: list[tuple[str, Call]] = [
+    ("parallel parallel parallel", (aten.add.Tensor, (real(*X), real(3, 1)), {})),
+    ("parallel parallel parallel", (aten.view.default, (real(*X), [12, 6]), {})),
+    ("parallel parallel -", (aten.squeeze.dim, (real(4, 3, 1), 2), {})),
+    ("parallel parallel parallel", (aten.permute.default, (real(*X), [2, 0, 1]), {})),
+    ("parallel parallel -", (aten.expand.default, (real(4, 3, 1), [4, 3, 5]), {})),
+    ("parallel entangled parallel", (aten.slice.Tensor, (real(*X), 1, 0, 2), {})),
+    ("parallel parallel parallel", (aten.slice.Tensor, (real(*X), 1, 0, 3), {})),
+    ("parallel parallel parallel", (aten.slice.Tensor, (real(*X), 1, None, 2**63 - 1), {})),
+    ("parallel entangled parallel", (aten.slice.Tensor, (real(*X), 1, 0, -1), {})),
+    ("parallel entangled parallel", (aten.select.int, (real(*X), -2, 0), {})),
+    ("parallel parallel entangled", (aten.split.Tensor, (real(*X), 2, -1), {})),
+    ("entangled parallel parallel", (aten.cat.default, ([real(*X), real(*X)],), {})),
+    ("parallel parallel entangled", (aten.constant_pad_nd.default, (real(*X), [1, 0, 0, 0]), {})),
+    ("parallel sum parallel", (aten.sum.dim_IntList, (real(*X), [-2], True), {})),
+    ("sum sum sum", (aten.sum.default, (real(*X),), {})),
+    ("parallel parallel entangled", (aten.mean.dim, (real(*X), [2]), {})),
+    ("parallel parallel entangled", (aten.var_mean.correction, (real(*X), [2]), {"correction": 0})),
+    ("entangled parallel parallel", (aten._softmax.default, (real(*X), 0, False), {})),
+    ("parallel entangled parallel", (aten.topk.default, (real(*X), 2), {"dim": 1})),
+    ("entangled parallel parallel", (aten.sort.stable, (real(*X),), {"stable": True, "dim": 0})),
+    ("parallel sum", (aten.mm.default, (real(4, 3), real(3, 5)), {})),
+    ("parallel parallel sum", (aten.bmm.default, (real(*X), real(4, 6, 5)), {})),
+    ("parallel", (aten.addmm.default, (real(5), real(4, 3), real(3, 5)), {})),
+    ("parallel sum", (aten.mv.default, (real(4, 3), real(3)), {})),
+    ("parallel entangled", (aten.gather.default, (real(4, 3), 1, below(3, 4, 2)), {})),
+    ("entangled entangled", (aten.gather.default, (real(4, 3), 1, below(3, 2, 2)), {})),
+    ("parallel entangled", (aten.scatter.value, (real(4, 3), 1, below(3, 4, 1), 1.0), {})),
+    ("entangled parallel", (aten.embedding.default, (real(4, 3), below(4, 5)), {})),
+    ("entangled parallel", (aten.index.Tensor, (real(4, 3), [below(4, 5)]), {})),
+    ("parallel entangled", (aten.index_select.default, (real(4, 3), 1, below(3, 2)), {})),
+]
+
+
+@pytest.mark.parametrize(("roles", "call"), ROLES, ids=lambda v: str(v[0]) if v[0] else None)
+def test_roles(roles: str, call: Call):
+    assert " ".join(roles_of(call)) == roles
+
+
+def test_contracted_axis_of_addmm_is_closed():
+    """The bias would be added once per chunk."""
+    sketch = Sketch()
+    node = sketch.call(aten.addmm.default, real(5), real(4, 3), real(3, 5))
+    sketch.finish([node])
+    axes = analyze_axes(sketch.graph, find_rule)
+    (inner,) = axes.dims(node.all_input_nodes[1])[1]
+    assert axes.role(node, inner) == "entangled"
+
+
+# -- what is refused -----------------------------------------------------------------------------
+
+REFUSED: list[Call] = [
+    (aten.roll.default, (real(4, 3), [1]), {}),
+    (aten.as_strided.default, (real(4, 3), [3, 4], [1, 3]), {}),
+    (aten.flip.default, (real(4, 3), [0]), {}),
+    (aten.index_put.default, (real(4, 3), [below(4, 2)], real(2, 3)), {}),
+    (aten.index.Tensor, (real(3, 4, 2), [None, below(4, 5)]), {}),
+    (aten.rand_like.default, (real(4, 3),), {}),
+    (aten.bernoulli.p, (real(4, 3), 0.5), {}),
+    (aten.native_dropout.default, (real(4, 3), 0.5, True), {}),
+    (aten.rrelu.default, (real(4, 3), 0.1, 0.3, True), {}),
+    (aten.view.dtype, (real(4, 3), torch.int64), {}),
+    (aten.view.default, (real(4, 6), [6, 4]), {}),
+    (aten.max.other, (real(4, 3), real(4, 3)), {}),
+    (aten.floor_divide.default, (real(4, 3), real(4, 3)), {}),
+]
+
+
+@pytest.mark.parametrize("call", REFUSED, ids=lambda c: str(c[0]))
+def test_refused(call: Call):
+    op, args, kwargs = call
+    sketch = Sketch()
+    node = sketch.call(op, *args, **kwargs)
+    axes = analyze_axes(sketch.graph, find_rule)
+    assert axes.is_opaque(node)
+    first = node.all_input_nodes[0]
+    for axis in {*axes.axes(first), *axes.axes(node)}:
+        assert axes.role(node, axis) == "entangled"
+
+
+def test_writes_are_refused():
+    for op in (aten.add_.Tensor, aten.copy_.default, aten.mul.out):
+        sketch = Sketch()
+        node = sketch.graph.call_function(op, (sketch.input(real(3)), sketch.input(real(3))))
+        assert find_rule(node) is None, op
+
+
+def test_masks_are_refused_as_indices():
+    for mask in (torch.tensor([True, False, True, True]), torch.tensor([1, 0, 1, 1]).byte()):
+        sketch = Sketch()
+        x, index = sketch.input(real(4, 3)), sketch.input(mask)
+        node = sketch.graph.call_function(aten.index.Tensor, (x, [index]))
+        node.meta["val"] = x.meta["val"].narrow(0, 0, 3)
+        assert analyze_axes(sketch.graph, find_rule).is_opaque(node)
+
+
+def test_bits_are_no_values():
+    """``view(dtype)`` shares its name with ``view`` alone: a body keeps the call as it is."""
+    sketch = Sketch()
+    table = sketch.input(below(2**50, 3))
+    bits = sketch.call(aten.view.dtype, table, torch.float64)
+    node = sketch.call(aten.mul.Tensor, sketch.input(real(4, 3)), bits)
+    (expected,) = sketch.finish([node])
+    axes = analyze_axes(sketch.graph, find_rule)
+    (rows,) = axes.dims(node)[0]
+    body = build_body(
+        [node], axes=axes, axis=rows, inside=frozenset([node]), tangent=set(), seed=node
+    )
+    assert_close(run_body(body, axes, sketch.values, 3), [expected])
+    assert not rules.is_view(bits)
+    assert rules.size_argument(bits) is None

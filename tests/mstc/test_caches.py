@@ -1,0 +1,118 @@
+"""PyTorch's compile caches on disk: a second process starts warm and gets the same numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mstc.driver import ChunkPass
+from mstc.options import parse_options
+from mstc.report import Report
+from tests.models import fresh_compiler  # noqa: F401  (an autouse fixture)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PROGRAM = textwrap.dedent(
+    """
+    import json
+    import torch
+    import mstc
+    from torch._dynamo.utils import counters
+    from tests.models import INDUCTOR, TinyLM, lm_batch
+
+    torch.manual_seed(0)
+    model = TinyLM(hidden=8, vocab=64)
+    batch = lm_batch(2, 40, vocab=64)
+    eager = model(*batch)
+    eager.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    call = torch.compile(model, backend="mst", options=INDUCTOR)
+    loss = call(*batch)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+    report = mstc.last_report()
+    print(json.dumps({
+        "loss": loss.item(),
+        "eager": eager.item(),
+        "gradients": {n: p.grad.double().sum().item() for n, p in model.named_parameters()},
+        "hits": sum(n for name, n in counters["aot_autograd"].items() if "hit" in name),
+        "notes": report.notes,
+        "loops": sum(len(g.loops) for g in report.graphs),
+        "bodies": mstc.runtime.loop.counters.bodies_compiled,
+    }))
+    """
+)
+
+
+def _run(cache: Path) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=ROOT,
+        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_second_process_starts_warm(tmp_path: Path) -> None:
+    cold, warm = _run(tmp_path), _run(tmp_path)
+    assert cold["hits"] == 0
+    assert cold["loops"] == 2
+    assert warm["hits"] >= 1, "the caches do not work: is the pass's uuid stable?"
+    assert warm["loss"] == cold["loss"] == pytest.approx(cold["eager"], rel=1e-5)
+    assert warm["gradients"] == cold["gradients"]
+    assert warm["bodies"] == cold["bodies"]  # loaded from the cache too, but in this process
+    (note,) = warm["notes"]
+    assert "cache" in note
+
+
+def _key(**options: Any) -> object:
+    return ChunkPass(parse_options(options, None), Report()).uuid()
+
+
+def test_the_cache_key() -> None:
+    """It tells our options apart; Inductor's are in Inductor's own key."""
+    assert _key() == _key() == _key(chunk_rows=None)
+    different = [
+        _key(),
+        _key(chunk_rows=8),
+        _key(chunk_rows=9),
+        _key(min_chunk_rows=8),
+        _key(min_peak_bytes=0),
+        _key(min_region_bytes=0),
+        _key(gradient_in_forward=False),
+        _key(lowering="eager"),
+    ]
+    assert len(set(map(str, different))) == len(different)
+    assert _key(max_autotune=True) == _key()
+
+
+def test_the_cache_key_covers_our_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mstc import driver
+
+    names = {Path(p).relative_to(ROOT).as_posix() for p in driver._SOURCES}
+    assert {"passes/regions.py", "passes/rules/shape.py", "mstc/runtime/loop.py"} <= names
+    before = _key()
+    monkeypatch.setattr(driver, "_SOURCES", driver._SOURCES[1:])
+    assert _key() != before
+
+
+def test_the_pass_can_be_pickled_for_the_key() -> None:
+    """What Inductor asks of a custom pass."""
+    graph_pass = ChunkPass(parse_options({}, None), Report())
+    assert isinstance(graph_pass, torch._inductor.custom_graph_pass.CustomGraphPass)
+    assert isinstance(graph_pass.uuid(), (str, bytes))
