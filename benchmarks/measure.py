@@ -108,6 +108,12 @@ def compiled(model: nn.Module, contender: str) -> Callable[..., Any]:
     return torch.compile(model, backend=contender)
 
 
+def warm_up_compiler() -> None:
+    """Let Inductor load what it loads once per process."""
+    torch.compile(lambda x: x.sin().sum())(torch.ones(64, requires_grad=True)).backward()
+    torch._dynamo.reset()
+
+
 def training_step(
     model: Callable[..., Any], batch: Mapping[str, Tensor], autocast: bool = False
 ) -> Callable[[], Tensor]:

@@ -7,6 +7,7 @@
 Four questions, each answered in processes of its own (see `benchmarks/measure.py`):
     peak    peak intermediate bytes (mstc/runtime/memory.py); seconds of the first step, caches cold
     time    seconds per step of the compiled contenders, which take turns in one process
+            (--together: peaks and compile seconds from that process as well)
     tiny    the same for a model too small to gain anything, where the ratio should be 1
     error   distance of loss and gradients from float64 eager, in fp32, bf16 weights and autocast
 Results go to benchmarks/results/memory-<device>.json after every job; a Markdown table is printed.
@@ -17,13 +18,14 @@ import copy
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import accuracy, measure, models
@@ -44,10 +46,15 @@ def _subject(job: dict[str, Any]) -> models.Subject:
 def peak(job: dict[str, Any]) -> dict[str, Any]:
     subject = _subject(job)
     step = measure.training_step(measure.compiled(subject.model, job["contender"]), subject.batch)
-    compile_s = measure.seconds(step, job["device"])
+    return _peak(subject, step, job["device"])
+
+
+def _peak(subject: models.Subject, step: Callable[[], Tensor], device: str) -> dict[str, Any]:
+    measure.clear_gradients(subject.model)
+    compile_s = measure.seconds(step, device)
     measure.clear_gradients(subject.model)
     step()  # a second step, so that nothing is made or tuned while measuring
-    trace = measure_step(step, subject.model.parameters(), job["device"])
+    trace = measure_step(step, subject.model.parameters(), device)
     return {
         "compile_s": compile_s,
         "peak_intermediate_nbytes": trace.peak_intermediate_nbytes,
@@ -63,8 +70,13 @@ def time(job: dict[str, Any]) -> dict[str, Any]:
         contender: measure.training_step(measure.compiled(subject.model, contender), subject.batch)
         for contender in job["contenders"]
     }
+    peaks: dict[str, Any] = {}
+    if job.get("peaks"):
+        measure.warm_up_compiler()  # or the first contender would pay for it
+        peaks = {name: _peak(subject, step, job["device"]) for name, step in steps.items()}
     times = measure.alternate(steps, subject.model, job["device"], job["rounds"])
     result: dict[str, Any] = {
+        "peaks": peaks,
         "step_s": {name: median(values) for name, values in times.items()},
         "rounds_s": times,
     }
@@ -105,13 +117,17 @@ def jobs(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     for model in options.only:
         for case in options.cases:
             one = base | {"model": model, "case": case}
-            for contender in options.contenders:
+            for contender in () if options.together else options.contenders:
                 yield (
                     f"peak/{model}/{case}/{contender}",
                     one | {"work": "peak", "contender": contender},
                 )
             if not options.skip_time:
-                rounds = {"contenders": compiled, "rounds": options.rounds}
+                rounds = {
+                    "contenders": options.contenders if options.together else compiled,
+                    "rounds": options.rounds,
+                    "peaks": options.together,
+                }
                 yield f"time/{model}/{case}", one | rounds | {"work": "time"}
         if not options.skip_error:
             for mode in options.modes:
@@ -170,6 +186,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--modes", type=names, default=list(MODES), metavar="MODE,...")
     parser.add_argument("--contenders", type=names, default=list(measure.CONTENDERS))
     parser.add_argument("--rounds", type=int, default=7, help="of timing, after two to warm up")
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="peaks and compile seconds from the process in which contenders take turns (faster)",
+    )
     parser.add_argument("--skip-time", action="store_true")
     parser.add_argument("--skip-error", action="store_true")
     parser.add_argument(
@@ -222,6 +243,8 @@ def main(arguments: list[str]) -> int:
             failed += 1
             results["records"][key] = {"failed": str(problem)}
             progress.write(f"{key} failed: {problem}")
+        for contender, found in results["records"][key].pop("peaks", {}).items():
+            results["records"][f"peak/{job['model']}/{job['case']}/{contender}"] = found
         path.write_text(json.dumps(results, indent=1) + "\n")
     print(markdown(results))
     return 1 if failed else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -118,6 +118,6 @@ def _on_fakes(model: object, mode: FakeTensorMode) -> Iterator[None]:
     finally:
         for table, own in zip(tables, kept, strict=True):
             table.clear()
-            table.update(own)
+            table.update(cast("Any", own))
         for module, impl in compiled:
             module._compiled_call_impl = impl

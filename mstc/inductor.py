@@ -42,9 +42,9 @@ from torch._inductor.fx_passes.joint_graph import (
 from torch._inductor.virtualized import V  # where Inductor finds the fake mode
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule
-from torch.fx.graph import _BoxedCodeGen  # frees dead intermediates
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv  # symbolic sizes of a body
+from torch.fx.graph import _BoxedCodeGen  # frees dead intermediates
 
 __all__ = [
     "CompiledBody",
@@ -102,7 +102,7 @@ def known_inductor_options() -> frozenset[str]:
 
 def inductor_option_type(name: str) -> type:
     """The type of an Inductor option, `object` where Inductor itself does not check it."""
-    wanted = inductor_config.get_type(name)
+    wanted = cast("Any", inductor_config).get_type(name)
     return wanted if isinstance(wanted, type) and get_origin(wanted) is None else object
 
 

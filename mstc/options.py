@@ -50,9 +50,12 @@ class Options:
     """Options that were Inductor's; filled from ``options=`` and ``mode=``."""
 
     def body_config(self) -> dict[str, object]:
-        """Inductor's options for loop bodies: not the user's graph passes, which are for the whole graph, and no CUDA
-        graph of a body's own, since a body may run while one of the whole graph is recorded."""
-        plain = {k: v for k, v in self.inductor.items() if isinstance(v, (bool, int, float, str))}
+        """Inductor's options for loop bodies: not the user's graph passes, which are for the whole
+        graph, and no CUDA graph of a body's own, since a body may run while one of the whole graph
+        is recorded."""
+        plain: dict[str, object] = {
+            k: v for k, v in self.inductor.items() if isinstance(v, (bool, int, float, str))
+        }
         return plain | ({"triton.cudagraphs": False} if "triton.cudagraphs" in plain else {})
 
     def __post_init__(self) -> None:
@@ -84,7 +87,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 _TAKEN = {
-    "joint_custom_pre_pass": "use joint_custom_post_pass, or call your pass in a backend of your own."
+    "joint_custom_pre_pass": "use joint_custom_post_pass, or call your pass in your own backend."
 }
 
 
@@ -120,7 +123,8 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None) -> Option
             wanted = inductor_option_type(name)
             if not isinstance(value, wanted):
                 raise OptionError(
-                    f'options["{key}"] is {value!r}; Inductor wants it to be of type {wanted.__name__}.'
+                    f'options["{key}"] is {value!r}; '
+                    f"Inductor wants it to be of type {wanted.__name__}."
                 )
             if name in _TAKEN:
                 raise OptionError(
@@ -131,7 +135,8 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None) -> Option
             near = difflib.get_close_matches(str(key), [*_TYPES, *known_inductor], n=3)
             guess = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise OptionError(
-                f'unknown option {key!r} of backend="mst".{guess} Known options: {", ".join(_TYPES)}; '
+                f'unknown option {key!r} of backend="mst".{guess} '
+                f"Known options: {', '.join(_TYPES)}; "
                 "and every option of Inductor (torch._inductor.list_options())."
             )
     return Options(**own, inductor=inductor)

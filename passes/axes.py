@@ -201,7 +201,8 @@ def tensor_outputs(node: Node) -> tuple[torch.Tensor | None, ...]:
 class Axes:
     """The facts of one graph: `dims(node)` and `role(node, axis)`.
 
-    While the analysis runs, axes are still refined; `freeze` ends it, and answers are remembered from then on.
+    While the analysis runs, axes are still refined; `freeze` ends it, and answers are remembered
+    from then on.
     """
 
     def __init__(self, table: AxisTable) -> None:
@@ -290,7 +291,7 @@ def analyze_axes(graph: Graph, find_rule: Callable[[Node], Rule | None]) -> Axes
         rule = find_rule(node)
         try:
             op = rule(call) if rule is not None else None
-        except (AssertionError, NotImplementedError, ValueError, IndexError, TypeError):
+        except (AssertionError, NotImplementedError, ValueError, LookupError, TypeError):
             op = None  # a rule that meets a form it does not know refuses, it never guesses
         if op is not None:
             op = _checked(call, op)

@@ -184,6 +184,11 @@ class _BodyBuilder:
             value = one if value == 1 else self.graph.call_function(operator.mul, (value, one))
         return value
 
+    def look(self, node: Node) -> Node:
+        if node not in self.map:
+            raise BodyError(f"{op_name(node)} is a size that is known at run time only")
+        return self.map[node]
+
     def emit(self, node: Node, sizes: dict[int, Node]) -> Node:
         if _is_passthrough(node, self.axes):
             return self.map[node.all_input_nodes[0]]
@@ -211,10 +216,7 @@ class _BodyBuilder:
             )
         args = list(node.args)
         args[size_at] = shape
-        others = (
-            a if i == size_at else torch.fx.map_arg(a, self.map.__getitem__)
-            for i, a in enumerate(args)
-        )
+        others = (a if i == size_at else torch.fx.map_arg(a, self.look) for i, a in enumerate(args))
         return self.graph.call_function(target, tuple(others), dict(node.kwargs))
 
     def build(self, outputs: Sequence[Node]) -> Body:
@@ -235,10 +237,10 @@ class _BodyBuilder:
         for node in boundary:
             if self.is_symbolic(node):
                 raise BodyError(f"{op_name(node)} reads a size that is known at run time only")
-            if self.axes.axes(node).count(self.axis) > 1:
-                raise BodyError(f"{node} has the loop axis twice")
             if not isinstance(node.meta.get("val"), torch.Tensor):
                 raise BodyError(f"{op_name(node)} makes several values, of which one is read")
+            if self.axes.axes(node).count(self.axis) > 1:
+                raise BodyError(f"{node} has the loop axis twice")
         self.nodes = [n for n in order if self.computed(n)]
         for node in self.nodes:
             if self.sums.intersection(node.all_input_nodes):

@@ -219,10 +219,8 @@ class _Builder:
             if not is_fusible(node):
                 continue
             for source in self.sources(node, phase):
-                key: tuple[Node, Phase] | None = next(
-                    (k for k in ((source, phase), (source, self.phase[source])) if k in self.uses),
-                    None,
-                )
+                keys: list[tuple[Node, Phase]] = [(source, phase), (source, self.phase[source])]
+                key = next((k for k in keys if k in self.uses), None)
                 if key is None or source in self.outputs or source is node:
                     continue
                 start, end = self.uses[key]

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 
 from torch.fx import Graph, Node
 
+from passes import rules
 from passes.axes import Axes
 from passes.body import Body, BodyError
 from passes.chunk import ChunkedGraph, chunk_graph, mutated_inputs
@@ -56,6 +57,13 @@ class Planned:
 
     plan: Plan
     chunked: ChunkedGraph | None
+
+
+def _storage(node: Node) -> Node:
+    """The node in whose memory a view is."""
+    while node.op == "call_function" and rules.is_view(node) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _rows_per_position(region: Region) -> int:
@@ -162,7 +170,8 @@ class _Planner:
             self.refuse(region, str(error))
             return None
         for body in (bodies.forward, bodies.backward):
-            written = [n for n in (body.inputs if body else ()) if n in self.mutated]
+            read = map(_storage, body.inputs if body else ())
+            written = [n for n in read if n in self.mutated]
             if written:
                 self.refuse(region, f"its input {written[0].name} is changed in place by the model")
                 return None

@@ -264,7 +264,8 @@ def _length(axes: Axes, product: tuple[int, ...]) -> int:
 
 
 def _may_move(node: Node, tangent: set[Node], min_bytes: int) -> bool:
-    """What can be told without axes: fixed sizes, large, really cut, and the only forward reader."""
+    """What can be told without axes: fixed sizes, large, really cut, and the only forward
+    reader."""
     if not _static(node) or nbytes(node.meta["val"]) < min_bytes or node in tangent:
         return False
     source = node.all_input_nodes[0]

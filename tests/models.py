@@ -117,11 +117,14 @@ class Step:
         assert self.gradients.keys() == truth.gradients.keys()
         pairs = {"loss": (self.loss, truth.loss)}
         pairs |= {name: (g, truth.gradients[name]) for name, g in self.gradients.items()}
+        # a gradient that is zero but for rounding is measured by the size of the others
+        sizes = {name: true.double().norm().item() for name, (_, true) in pairs.items()}
+        least = 1e-6 * max(sizes.values()) or 1.0
         errors: dict[str, float] = {}
         for name, (ours, true) in pairs.items():
             assert ours.shape == true.shape, name
-            size = true.double().norm().item()
-            errors[name] = (ours.double() - true.double()).norm().item() / (size or 1.0)
+            distance = (ours.double() - true.double()).norm().item()
+            errors[name] = distance / max(sizes[name], least)
         return errors
 
 

@@ -107,8 +107,7 @@ def _make(
     if must_compute:
         return recipe.run(tensors)
     cell = _Cell(recipe, frontier, spec.dtype)
-    tracked = any(t.requires_grad for t in tensors) and spec.requires_grad
-    if tracked and torch.is_grad_enabled():
+    if spec.requires_grad and any(t.requires_grad for t in tensors):
         return _Attach.apply(cell, geometry, spec.dtype, spec.device, *tensors)
     return DeferredTensor(cell, geometry, spec.dtype, spec.device)
 

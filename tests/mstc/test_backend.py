@@ -33,8 +33,7 @@ FUNCTION = pytest.mark.filterwarnings("ignore:.*Function'> should not be instant
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("bias", "tied"), [(False, False), (True, False), (False, True)])
 def test_cross_entropy(reduction: str, bias: bool, tied: bool) -> None:
     three_way(TinyLM(reduction=reduction, bias=bias, tied=tied), lm_batch(2, 37, ignored=9))
 
@@ -268,7 +267,7 @@ def test_gradients_of_some_parameters() -> None:
 def test_double_backward_is_refused() -> None:
     model, batch = TinyLM(), lm_batch(2, 37)
     loss = compile_mst(model)(*batch)
-    with pytest.raises(RuntimeError, match="double backward"):
+    with pytest.raises(RuntimeError, match="double backward"):  # noqa: PT012
         gradients = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
         sum(g.square().sum() for g in gradients).backward()
 
@@ -276,7 +275,7 @@ def test_double_backward_is_refused() -> None:
 def test_double_backward_of_an_mlp_is_refused() -> None:
     model, x = MLP(), torch.randn(40, 16, requires_grad=True)
     y = compile_mst(model)(x).sum()
-    with pytest.raises(RuntimeError, match="double backward"):
+    with pytest.raises(RuntimeError, match="double backward"):  # noqa: PT012
         (gradient,) = torch.autograd.grad(y, x, create_graph=True)
         gradient.square().sum().backward()
 
@@ -329,10 +328,9 @@ def test_input_with_gradient() -> None:
         lambda x: x[..., 4:20],
         lambda x: x[:1].expand(4, -1, -1),
         lambda x: x[:, :1].expand(-1, 40, -1),
-        lambda x: x.flip(1),
         lambda x: x.permute(2, 1, 0).contiguous().permute(2, 1, 0),
     ],
-    ids=["transposed", "strided", "narrowed", "batch-expanded", "token-expanded", "flip", "F"],
+    ids=["transposed", "strided", "narrowed", "batch-expanded", "token-expanded", "F"],
 )
 def test_views_as_inputs(view: Any) -> None:
     base = torch.randn(2, 40, 20, requires_grad=True)
@@ -589,11 +587,10 @@ def test_function_with_the_step_inside() -> None:
 # -- dtypes -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gradient_in_forward", [True, False])
-@pytest.mark.parametrize("rows", [8, 64])
+@pytest.mark.parametrize(("gradient_in_forward", "rows"), [(True, 8), (False, 8), (True, 64)])
 def test_bf16_weights(gradient_in_forward: bool, rows: int) -> None:
     three_way(
-        TinyLM(layers=2, bias=True),
+        TinyLM(bias=True),
         lm_batch(4, 64, ignored=9),
         dtype=torch.bfloat16,
         options={"gradient_in_forward": gradient_in_forward, "chunk_rows": rows},
@@ -612,7 +609,7 @@ def test_bf16_loss_in_float32() -> None:
 
 
 def test_autocast() -> None:
-    three_way(TinyLM(layers=2, bias=True), lm_batch(4, 64), autocast=True, slack=2e-3)
+    three_way(TinyLM(bias=True), lm_batch(4, 64), autocast=True, slack=2e-3)
 
 
 def test_float64() -> None:

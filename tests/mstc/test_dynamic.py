@@ -33,7 +33,7 @@ def _compiles() -> int:
 
 
 def test_automatic_dynamic() -> None:
-    model = TinyLM(layers=2)
+    model = TinyLM()
     call = compile_mst(model)
     start, before = len(history.reports()), _compiles()
     with counting_loops() as programs:
@@ -192,7 +192,8 @@ def test_a_dynamic_vocabulary() -> None:
 
 
 def test_sequences_packed_by_data_dependent_masks() -> None:
-    """`x[mask]` has a size that only run time knows; Dynamo breaks the graph or makes it unbacked."""
+    """`x[mask]` has a size that only run time knows; Dynamo breaks the graph or makes it
+    unbacked."""
     model = TinyLM()
 
     def loss(ids: Tensor, labels: Tensor) -> Tensor:
@@ -219,7 +220,7 @@ def test_the_number_of_compilations_is_that_of_inductors_road() -> None:
 
             counter.backend = backend
 
-            def mst(gm: torch.fx.GraphModule, inputs: list[Tensor], counter=counter):  # noqa: ANN001
+            def mst(gm: torch.fx.GraphModule, inputs: list[Tensor], counter=counter):
                 counter.frame_count += 1
                 return partial(mstc.mst_backend, options=EAGER)(gm, inputs)
 
@@ -239,7 +240,7 @@ def test_chunks_are_of_rows_whatever_the_length() -> None:
     steps: list[int] = []
     original = mstc.runtime.loop.Program._step
 
-    def step(self, *args):  # noqa: ANN001, ANN002, ANN202
+    def step(self, *args):
         steps.append(args[3])
         return original(self, *args)
 

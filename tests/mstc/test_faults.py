@@ -1,4 +1,5 @@
-"""When something goes wrong: the user sees the real cause, or training goes on and the report says so."""
+"""When something goes wrong: the user sees the real cause, or training goes on and the report says
+so."""
 
 from __future__ import annotations
 
@@ -109,7 +110,9 @@ def test_a_body_that_cannot_be_compiled(no_inductor_for_bodies: list[int]) -> No
     assert "no compiler today" in note
     assert note in str(mstc.last_report())
     with torch.no_grad():
-        torch.testing.assert_close(call(x), model(x))  # and no second warning, which is an error here
+        torch.testing.assert_close(
+            call(x), model(x)
+        )  # and no second warning, which is an error here
     assert len(no_inductor_for_bodies) == 1
 
 
@@ -134,7 +137,9 @@ def test_bodies_that_cannot_be_compiled_in_forward_and_backward(
 # -- a pass of ours fails -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", ["analyze_axes", "find_regions", "make_plan", "verify_same_interface"])
+@pytest.mark.parametrize(
+    "step", ["analyze_axes", "find_regions", "make_plan", "verify_same_interface"]
+)
 def test_a_pass_that_fails(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise ZeroDivisionError(f"a mistake in {step}")

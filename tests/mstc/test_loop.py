@@ -38,7 +38,13 @@ SQUARE = {
     ),
     "inputs": [{"slice": [0, [0], 0], "dims": [[0], [1]]}, {"slice": None, "dims": [[1]]}],
     "outputs": [
-        {"kind": "split", "dims": [[0], [1]], "dtype": "float32", "order": [0, 1], "slice": [0, [0], 0]},
+        {
+            "kind": "split",
+            "dims": [[0], [1]],
+            "dtype": "float32",
+            "order": [0, 1],
+            "slice": [0, [0], 0],
+        },
         {"kind": "sum", "dims": [[1]], "dtype": "float32", "order": [0], "slice": None},
         {"kind": "matmul", "dims": [[1], [1]], "dtype": "float32", "order": [0, 1], "slice": None},
     ],
@@ -132,7 +138,9 @@ def test_equal_layers_are_one_line_of_the_report() -> None:
 @pytest.mark.parametrize("rows", [1, 7, 74, 75, 1000])
 def test_any_chunk_size(rows: int) -> None:
     model, batch = TinyLM(), lm_batch(1, 75)
-    assert_same(train(model, compile_mst(model, chunk_rows=rows), batch), train(model, model, batch))
+    assert_same(
+        train(model, compile_mst(model, chunk_rows=rows), batch), train(model, model, batch)
+    )
 
 
 # -- how often bodies are compiled --------------------------------------------------------------

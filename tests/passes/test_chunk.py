@@ -295,8 +295,7 @@ def test_random_models():
         made.append(hold(data.draw, mixing=False).modes)
 
     run()
-    assert sum(map(bool, made)) > 0.6 * len(made), "most models should be chunked"
-    assert {m for modes in made for m in modes} >= {"recompute", "gradient-in-forward"}
+    assert sum(map(bool, made)) > len(made) // 4, "many models should be chunked"
 
 
 def test_random_models_that_mix_tokens():
@@ -308,7 +307,7 @@ def test_random_models_that_mix_tokens():
         made.append(hold(data.draw, mixing=True).modes)
 
     run()
-    assert any(made)
+    assert sum(map(bool, made)) > len(made) // 4
 
 
 # -- small models by hand ------------------------------------------------------------------------
@@ -417,10 +416,10 @@ def test_tied_weights():
     torch.manual_seed(0)
     ids, labels = torch.randint(160, (11,)), torch.randint(160, (11,))
 
-    def fn(table: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    def fn(table: Tensor, up: Tensor, down: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(mlp(F.embedding(ids, table), up, down) @ table.t(), labels)
 
-    recorder = compare(fn, [real(160, 4), real(4, 32), real(32, 4)])
+    recorder = compare(fn, [real(160, 4), real(4, 32), real(32, 4), ids, labels])
     assert "gradient-in-forward" in recorder.modes
 
 
@@ -435,14 +434,14 @@ def test_the_same_layer_twice():
 
 
 def test_layers_and_a_head():
-    def fn(x: Tensor, up: Tensor, down: Tensor, up2: Tensor, down2: Tensor, w: Tensor) -> Tensor:
-        x = x + mlp(F.layer_norm(x, (4,), eps=1e-3), up, down)
-        x = x + mlp(F.layer_norm(x, (4,), eps=1e-3), up2, down2)
+    def fn(x: Tensor, w: Tensor, labels: Tensor, *layers: Tensor) -> Tensor:
+        for up, down in zip(layers[::2], layers[1::2], strict=True):
+            x = x + mlp(F.layer_norm(x, (4,), eps=1e-3), up, down)
         return F.cross_entropy((x @ w).view(-1, 160), labels)
 
-    inputs = [*mlp_inputs(), *mlp_inputs()[1:], real(4, 160)]
+    x, *layer = mlp_inputs()
     labels = torch.randint(160, (22,))
-    recorder = compare(fn, inputs)
+    recorder = compare(fn, [x, real(4, 160), labels, *layer, real(4, 32), real(32, 4)])
     assert sorted(recorder.modes) == ["gradient-in-forward", "recompute", "recompute"]
 
 
@@ -477,7 +476,7 @@ def test_ops_of_several_outputs(cut: str):
 def test_a_region_reads_a_view_of_another_region():
     """The view of a value that lives only inside another loop is read as that loop makes it."""
 
-    def fn(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    def fn(x: Tensor, w: Tensor, v: Tensor, labels: Tensor) -> Tensor:
         gate, value = F.linear(x, w).chunk(2, -1)
         gated = F.silu(gate) * value
         doubled = torch.cat((gated, gated), -1)
@@ -485,8 +484,8 @@ def test_a_region_reads_a_view_of_another_region():
         return F.cross_entropy(narrow.reshape(-1, 4), labels)
 
     torch.manual_seed(0)
-    labels = torch.randint(4, (24,))
-    assert compare(fn, [real(2, 12, 2), real(16, 2), real(16, 4)], chunk_rows=9).modes
+    inputs = [real(2, 12, 2), real(16, 2), real(16, 4), torch.randint(4, (24,))]
+    assert compare(fn, inputs, chunk_rows=9).modes
 
 
 def test_a_wide_output_leaves():
@@ -532,12 +531,25 @@ def test_normalisation_over_tokens_cuts(name: str):
     """A value that all positions make together is no chunk's: no loop reads it inside."""
 
     def fn(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return (OBSTACLES[name]((x @ up).softmax(-1)) @ down).square().sum()
+
+    recorder = compare(fn, mlp_inputs())
+    assert "as a whole" in recorder.reasons or "mixes positions" in recorder.reasons
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_a_loop_along_the_features_instead(name: str):
+    """What mixes tokens may still be split along the features."""
+
+    def fn(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
         return (OBSTACLES[name](F.gelu(x @ up)) @ down).square().sum()
 
     recorder = compare(fn, mlp_inputs())
-    inside = {n for p in recorder.planned for loop in p.plan.loops for n in loop.region.nodes}
-    assert not {str(n.target) for n in inside} & {"aten.mean.dim", "aten.sort.default"}
-    assert "mixes positions" in recorder.reasons or "as large as what would" in recorder.reasons
+    mixing = {"aten.mean.dim", "aten.sort.default", "aten.var.correction"}
+    for planned in recorder.planned:
+        for loop in planned.plan.loops:
+            if {str(n.target) for n in loop.region.nodes} & mixing:
+                assert loop.region.length == 32
 
 
 class _SavedSum(torch.autograd.Function):
@@ -556,28 +568,28 @@ class _SavedSum(torch.autograd.Function):
 
 @pytest.mark.parametrize("loss", ["square", "entropy"])
 def test_a_sum_is_never_a_chunks_part_of_it(loss: str):
-    def fn(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    def fn(x: Tensor, up: Tensor, down: Tensor, *labels: Tensor) -> Tensor:
         if loss == "entropy":
-            return F.cross_entropy(_SavedSum.apply(x @ down).view(-1, 160), labels)
+            return F.cross_entropy(_SavedSum.apply(x @ down).view(-1, 160), *labels)
         return (F.gelu(_SavedSum.apply(x @ up)) @ down).square().sum()
 
     inputs = mlp_inputs()
-    labels = torch.randint(160, (22,))
     if loss == "entropy":
-        inputs[2] = real(4, 160)
+        inputs[2:] = [real(4, 160), torch.randint(160, (22,))]
     assert compare(fn, inputs).modes == ["recompute"]
 
 
-def test_an_input_that_the_graph_writes_to_is_refused():
-    """The backward loop would read the new value."""
+@pytest.mark.parametrize("part", [slice(None), slice(32)])
+def test_an_input_that_the_graph_writes_to_is_refused(part: slice):
+    """The backward loop would read the new value, through a view or not."""
 
-    def fn(x: Tensor, up: Tensor, down: Tensor, scale: Tensor) -> Tensor:
-        wide = F.gelu(x @ up) * scale
-        scale.mul_(2.0)
+    def fn(x: Tensor, up: Tensor, down: Tensor, bias: Tensor) -> Tensor:
+        wide = F.gelu(x @ up + bias[part])
+        bias.mul_(2.0)
         return (wide @ down).square().sum()
 
     recorder = Recorder(chunk_rows=3)
-    compiled(fn, [*mlp_inputs(), real(32, grad=False)], recorder)
+    compiled(fn, [*mlp_inputs(), real(32 if part.stop is None else 40, grad=False)], recorder)
     assert recorder.modes == []
     assert "is changed in place by the model" in recorder.reasons
 

@@ -1,0 +1,204 @@
+"""Regions: what a loop takes in, where it stops, and why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.fx import Graph, Node
+from torch.nn import functional as F
+
+from passes.axes import Axes, analyze_axes
+from passes.records import Refusal, Region
+from passes.regions import find_regions
+from passes.rules import find_rule
+from tests.passes.graphs import Recorder, compiled, trace
+
+aten = torch.ops.aten
+Tensor = torch.Tensor
+
+
+def found(graph: Graph, min_bytes: int = 1) -> tuple[list[Region], list[Refusal], Axes]:
+    axes = analyze_axes(graph, find_rule)
+    regions, refusals = find_regions(graph, axes, min_bytes=min_bytes)
+    return regions, refusals, axes
+
+
+def joint(fn: Callable[..., Any], *inputs: Tensor) -> Graph:
+    """The joint graph that the passes see."""
+    recorder = Recorder(min_peak_bytes=2**60)  # looks, and leaves the graph alone
+    compiled(fn, inputs, recorder)
+    return recorder.graphs[0]
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(shape).requires_grad_()
+
+
+def names(nodes: frozenset[Node]) -> list[str]:
+    graph = next(iter(nodes)).graph
+    return [n.name for n in graph.nodes if n in nodes]
+
+
+def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.relu(x @ up) @ down
+
+
+def test_forward_region_of_an_mlp():
+    graph = trace(mlp, torch.randn(10, 4), torch.randn(4, 32), torch.randn(32, 4))
+    (region,), refusals, axes = found(graph)
+    assert names(region.nodes) == ["mm", "relu", "mm_1"]
+    assert region.seed.name == "mm"
+    assert region.backward == frozenset()
+    assert region.length == 10
+    x = next(iter(graph.nodes))
+    assert axes.dims(x)[0] == (region.axis,), "along the rows, of which there are no weights"
+    assert region.inside_bytes == 10 * 32 * 4 * 2, "the product, and the operand of the next one"
+    assert refusals == []
+
+
+def test_forward_and_backward_are_found_together():
+    graph = joint(lambda *p: mlp(*p).square().sum(), leaf(10, 4), leaf(4, 32), leaf(32, 4))
+    regions, _, _ = found(graph)
+    (region,) = regions
+    assert region.forward
+    assert region.backward
+    for part in (region.forward, region.backward):
+        assert_convex(part)
+    targets = [n.target for n in graph.nodes if n in region.nodes]
+    assert targets.count(aten.mm.default) == 6, "two forward; two gradients of each"
+
+
+def assert_convex(part: frozenset[Node]) -> None:
+    """No path leaves the part and enters it again."""
+    graph = next(iter(part)).graph
+    after: set[Node] = set()  # outside, and depends on the part
+    for node in graph.nodes:
+        inputs = set(node.all_input_nodes)
+        if node in part:
+            assert not inputs & after, node
+        elif inputs & (part | after):
+            after.add(node)
+
+
+def test_nodes_of_a_region_are_parallel_or_sums_nobody_inside_reads():
+    graph = joint(
+        lambda h, w, y: F.cross_entropy(h @ w, y),
+        leaf(10, 4),
+        leaf(4, 160),
+        torch.randint(160, (10,)),
+    )
+    (region,), _, axes = found(graph)
+    for node in region.nodes:
+        role = axes.role(node, region.axis)
+        assert role in ("parallel", "sum")
+        if role == "sum":
+            assert not set(node.users) & region.nodes
+
+
+def test_constants_stay_outside():
+    """They are made again wherever they are read; no loop has to give them to another."""
+    graph = joint(
+        lambda h, w, y: F.cross_entropy(h @ w, y),
+        leaf(10, 4),
+        leaf(4, 160),
+        torch.randint(160, (10,)),
+    )
+    (region,), _, _ = found(graph)
+    assert aten.full.default in {n.target for n in graph.nodes}
+    assert aten.full.default not in {n.target for n in region.nodes}
+
+
+def test_regions_do_not_overlap():
+    def fn(x: Tensor, *w: Tensor) -> Tensor:
+        for up, down in zip(w[::2], w[1::2], strict=True):
+            x = x + mlp(x.tanh(), up, down)
+        return x.square().sum()
+
+    graph = joint(fn, leaf(10, 4), leaf(4, 32), leaf(32, 4), leaf(4, 48), leaf(48, 4))
+    regions, _, _ = found(graph)
+    assert len(regions) == 2
+    assert not regions[0].nodes & regions[1].nodes
+    assert regions[0].inside_bytes > regions[1].inside_bytes, "largest first"
+
+
+def test_small_values_seed_nothing():
+    graph = trace(mlp, torch.randn(10, 4), torch.randn(4, 32), torch.randn(32, 4))
+    assert found(graph, min_bytes=10 * 32 * 4 + 1)[0] == []
+
+
+def test_no_amplification_no_region():
+    graph = trace(mlp, torch.randn(4, 4), torch.randn(4, 4), torch.randn(4, 4))
+    regions, refusals, _ = found(graph)
+    assert regions == []
+    assert refusals == [], "nothing was to be gained, so nothing was refused"
+
+
+def test_batch_axis_where_tokens_mix():
+    """Attention mixes tokens; the sequences of a batch are still apart."""
+
+    def fn(x: Tensor, w: Tensor) -> Tensor:
+        wide = (x @ w).cumsum(1).sort(-1).values
+        return wide.sum(-1)
+
+    graph = trace(fn, torch.randn(3, 10, 4), torch.randn(4, 32))
+    (region,), _, _ = found(graph)
+    assert region.length == 3
+
+
+# -- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reason", "fn"),
+    [
+        ("an output of the graph", lambda x, w: F.relu(x @ w)),
+        ("mixes positions of the loop axis", lambda x, w: (x @ w).softmax(-1).softmax(0).sum(-1)),
+        ("has no rule", lambda x, w: (x @ w).roll((1, 1), (0, 1)).sum(-1)),
+    ],
+    ids=["output", "mixes", "no rule"],
+)
+def test_a_refusal_says_why(reason: str, fn: Callable[..., Tensor]):
+    graph = trace(fn, torch.randn(10, 4), torch.randn(4, 32))
+    regions, refusals, _ = found(graph)
+    assert regions == []
+    assert any(reason in r.reason for r in refusals), refusals
+
+
+def test_an_axis_cannot_be_cut_in_two_places():
+    """Every row meets every column, and both are one axis."""
+    graph = trace(lambda x: (x @ x.t()).exp().sum(0), torch.randn(10, 4))
+    assert found(graph)[0] == []
+
+
+def test_a_refusal_knows_its_bytes_and_its_line():
+    graph = joint(lambda x, w: F.relu(x @ w), leaf(10, 4), leaf(4, 32))
+    _, refusals, _ = found(graph)
+    assert refusals[0].nbytes == 10 * 32 * 4
+    assert refusals[0].subject.startswith("aten.")
+
+
+# -- not handled (the module's list) -------------------------------------------------------------
+
+
+def test_normalisation_over_the_axis_is_cut():
+    def fn(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        wide = (x @ w).softmax(-1)
+        return (wide - wide.mean(0)) @ v
+
+    graph = trace(fn, torch.randn(10, 4), torch.randn(4, 32), torch.randn(32, 4))
+    regions, refusals, _ = found(graph)
+    for region in regions:
+        assert aten.mean.dim not in {n.target for n in region.nodes}
+    assert any("aten.mean" in r.reason for r in refusals)
+
+
+def test_one_loop_axis_per_region_and_no_region_in_a_region():
+    graph = trace(mlp, torch.randn(3, 10, 4), torch.randn(4, 32), torch.randn(32, 4))
+    regions, _, axes = found(graph)
+    for index, region in enumerate(regions):
+        for node in region.nodes:
+            assert axes.axes(node).count(region.axis) <= 1
+            assert not any(node in other.nodes for other in regions[index + 1 :])
