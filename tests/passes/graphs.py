@@ -13,6 +13,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 from mstc.inductor import CustomGraphPass, compile_outer_eager, without_duplicates
 from mstc.runtime.loop import loop_op, program_of
@@ -41,7 +42,7 @@ class Sketch:
     def call(self, op: Any, *args: Any, **kwargs: Any) -> Node:
         """One call; tensors among the arguments become inputs of the graph."""
         lift = lambda a: self.input(a) if isinstance(a, torch.Tensor) else a  # noqa: E731
-        args, kwargs = torch.utils._pytree.tree_map(lift, (args, kwargs))
+        args, kwargs = pytree.tree_map(lift, (args, kwargs))
         node = self.graph.call_function(op, args, kwargs)
         fake_args, fake_kwargs = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         with self.mode:
@@ -174,7 +175,7 @@ def assert_close(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) 
     atol = 1e-11 * max([1.0, *(s for s in sizes if math.isfinite(s))])
     for index, (a, b) in enumerate(zip(got, expected, strict=True)):
         assert a.dtype == b.dtype, index
-        tight = {"rtol": 1e-10, "atol": atol} if a.dtype == torch.float64 else {}
+        tight: dict[str, Any] = {"rtol": 1e-10, "atol": atol} if a.dtype == torch.float64 else {}
         torch.testing.assert_close(
             a, b, equal_nan=True, msg=lambda m, i=index: f"{i}: {m}", **tight
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sympy
@@ -117,7 +118,9 @@ def test_symbolic_sizes():
     [(6, 3, 2), (6, 4, None), (6, 0, None), ("4*s", "s", 4), ("s", 2, None), ("s*t", "t", "s")],
 )
 def test_divide(top: object, bottom: object, quotient: object):
-    of = lambda x: sympy.sympify(x) if isinstance(x, str) else x  # noqa: E731
+    def of(x: Any) -> Any:
+        return sympy.sympify(x) if isinstance(x, str) else x
+
     assert divide(of(top), of(bottom)) == of(quotient)
 
 

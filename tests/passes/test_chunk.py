@@ -282,7 +282,7 @@ FUZZ = settings(
     deadline=None,
     derandomize=True,
     database=None,
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
 
@@ -570,7 +570,7 @@ class _SavedSum(torch.autograd.Function):
 def test_a_sum_is_never_a_chunks_part_of_it(loss: str):
     def fn(x: Tensor, up: Tensor, down: Tensor, *labels: Tensor) -> Tensor:
         if loss == "entropy":
-            return F.cross_entropy(_SavedSum.apply(x @ down).view(-1, 160), *labels)
+            return F.cross_entropy(_SavedSum.apply(x @ down).view(-1, 160), labels[0])
         return (F.gelu(_SavedSum.apply(x @ up)) @ down).square().sum()
 
     inputs = mlp_inputs()
@@ -605,8 +605,9 @@ def test_a_write_of_a_wide_value_is_not_lost():
     for recorder in (Recorder(chunk_rows=3), None):
         leaves = [t.detach().clone().requires_grad_() for t in inputs]
         memory = torch.zeros(2, 11, 32, dtype=torch.float64)
-        run = fn if recorder is None else compiled(fn, [*leaves, memory], recorder)
-        (loss,) = made if isinstance(made := run(*leaves, memory), (tuple, list)) else (made,)
+        inputs_now = [*leaves, memory]
+        run = compiled(fn, inputs_now, recorder) if recorder else lambda *a: [fn(*a)]
+        (loss,) = run(*inputs_now)
         results.append([loss.detach(), memory, *torch.autograd.grad(loss, leaves)])
     assert_close(*results)
 

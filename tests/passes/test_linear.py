@@ -189,7 +189,7 @@ class _Edited(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return _Edited.edit(gradient)
 
 
@@ -241,9 +241,9 @@ def test_float16_keeps_its_loss_scale():
     leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
     (made,) = compiled(loss, leaves, recorder)(*leaves)
     (got,) = torch.autograd.grad(made, leaves[:1], torch.tensor(2.0**16))
-    exact = [t.detach().double().requires_grad_(t.is_floating_point()) for t in inputs[:2]]
-    truth = loss(*exact, inputs[2]) * 2.0**16
-    (wanted,) = torch.autograd.grad(truth, exact[:1])
+    exact, weight = (t.detach().double().requires_grad_() for t in inputs[:2])
+    truth = loss(exact, weight, inputs[2]) * 2.0**16
+    (wanted,) = torch.autograd.grad(truth, [exact])
     assert recorder.modes == ["recompute"]
     error = (got.double() - wanted).norm() / wanted.norm()
     assert error < 0.01

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils import _pytree as pytree
 
 from passes import rules
 from passes.axes import Axes, analyze_axes
@@ -34,7 +35,7 @@ QUICK = settings(
     deadline=None,
     derandomize=True,
     database=None,
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
 
@@ -72,7 +73,7 @@ def check(call: Call, factors: Sequence[int] = ()) -> dict[int, str]:
                 return sketch.call(aten.view.default, apart, list(value.shape))
         return sketch.input(value)
 
-    args, kwargs = torch.utils._pytree.tree_map(lift, (args, dict(kwargs)))
+    args, kwargs = pytree.tree_map(lift, (args, dict(kwargs)))
     node = sketch.call(op, *args, **kwargs)
     outputs = sketch.outputs_of(node)
     if not sketch.values:  # a constant has a place in a loop only beside a tensor
@@ -125,8 +126,8 @@ def below(high: int, *shape: int) -> torch.Tensor:
 
 
 def shape_of(draw: Draw, rank: int | None = None, least: int = 1) -> list[int]:
-    rank = draw(st.integers(least, 3)) if rank is None else rank
-    return [draw(SIZES) for _ in range(rank)]
+    count: int = draw(st.integers(least, 3)) if rank is None else rank
+    return [draw(SIZES) for _ in range(count)]
 
 
 def a_dim(draw: Draw, rank: int) -> int:
