@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import mstc
 from tests.models import (
@@ -874,6 +873,8 @@ def test_manual_attention() -> None:
 
 
 def test_checkpointed_layers() -> None:
+    from torch.utils.checkpoint import checkpoint
+
     class Model(TinyLM):
         def hidden(self, ids: Tensor) -> Tensor:
             x = self.embed(ids)

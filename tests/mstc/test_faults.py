@@ -4,7 +4,6 @@ so."""
 from __future__ import annotations
 
 import copy
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 
 import mstc
 import passes
-from mstc import driver
 from mstc.errors import BodyCompilationWarning, FallbackWarning
 from mstc.runtime import loop
 from tests.models import (
@@ -121,6 +119,8 @@ def test_a_body_that_cannot_be_compiled(no_inductor_for_bodies: list[int]) -> No
 def test_bodies_that_cannot_be_compiled_in_forward_and_backward(
     no_inductor_for_bodies: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from mstc import driver
+
     def eagerly(gm: Any, inputs: Any, graph_pass: Any, config: Any) -> Any:
         return driver.compile_outer_eager(gm, inputs, graph_pass)
 
@@ -163,6 +163,7 @@ def test_a_pass_that_fails(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_deferring_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mistake in the step before AOTAutograd costs no run either."""
+    from mstc import driver
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise ZeroDivisionError("a mistake in defer")
@@ -226,6 +227,8 @@ def test_deep_copies_of_a_trained_model() -> None:
 
 def test_an_error_in_one_thread_and_work_in_another() -> None:
     """Bodies are shared between threads (a data-parallel wrapper, a server)."""
+    from concurrent.futures import ThreadPoolExecutor
+
     model = MLP()
     call = torch.compile(model, backend="mst", options=EAGER)
     x = torch.randn(50, 16)

@@ -18,12 +18,7 @@ import mstc
 from mstc.backend import mst_backend
 from mstc.errors import OptionError
 from mstc.options import Options, parse_options
-from tests.models import (
-    MLP,
-    compile_mst,
-    fresh_compiler,  # noqa: F401  (an autouse fixture)
-    has_loops,
-)
+from tests.models import fresh_compiler  # noqa: F401  (an autouse fixture)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -157,6 +152,8 @@ class CountNodes:
 
 
 def test_a_graph_pass_of_the_user_does_not_stop_ours() -> None:
+    from tests.models import MLP, compile_mst, has_loops
+
     model, note = MLP(), CountNodes()
     x = torch.randn(50, 16)
     compile_mst(model, post_grad_custom_post_pass=note)(x).sum().backward()

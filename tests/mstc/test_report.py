@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import mstc
 from mstc import history
 from mstc.errors import OptionError
-from mstc.runtime import loop
 from tests.models import (
     EAGER,
     MLP,
@@ -61,6 +60,7 @@ def test_explain_says_what_the_backend_does() -> None:
 
 def test_explain_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither weights nor counters nor random numbers change, and no loop runs."""
+    from mstc.runtime import loop
 
     def refuse(*args: Any) -> None:
         raise AssertionError("a loop ran")
