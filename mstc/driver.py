@@ -32,6 +32,7 @@ from mstc.options import Options
 from mstc.report import Report, graph_report
 from mstc.runtime.deferred import wrap_outputs
 from mstc.runtime.loop import loop_op
+from mstc.saved import load_report, report_key, save_report
 from passes.defer import DeferResult, defer_outputs
 from passes.liveness import tangent_nodes
 from passes.plan import AT_PEAK, PlanOptions
@@ -75,6 +76,7 @@ class ChunkPass(CustomGraphPass):
     def __init__(self, options: Options, report: Report) -> None:
         self.options = options
         self.report = report
+        self.has_run = False
 
     def uuid(self) -> object:
         """Two compilations may share a cache entry only if our code and options are the same."""
@@ -97,6 +99,7 @@ class ChunkPass(CustomGraphPass):
         )
 
     def __call__(self, graph: Graph) -> None:
+        self.has_run = True
         lowering = {"kind": self.options.lowering, "config": self.options.body_config()}
         try:
             planned = passes.run_passes(
@@ -157,6 +160,19 @@ def analyze_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Optio
     return report
 
 
+def _restore(report: Report, key: str) -> None:
+    """PyTorch had the compiled graph in its cache: the report is the one of that compilation."""
+    kept = load_report(key)
+    if kept is None:
+        report.notes.append(
+            "the compiled graph came from PyTorch's cache, so no pass ran, and the report of its "
+            "compilation was not kept: mstc.explain(model, ...) makes it again"
+        )
+        return
+    vars(report).update(vars(kept))
+    report.notes.append("the compiled graph came from PyTorch's cache, with this report")
+
+
 def compile_graph(
     gm: GraphModule, example_inputs: Sequence[Any], options: Options
 ) -> Callable[..., Any]:
@@ -172,15 +188,18 @@ def compile_graph(
     """
     report = Report()
     history.add(report)
+    graph_pass = ChunkPass(options, report)
+    key = report_key(gm, graph_pass.uuid(), options.inductor)  # before anything changes the graph
     result = _deferred(gm, options, report)
     inner = gm if result is None else result.graph_module
-    graph_pass = ChunkPass(options, report)
     if options.lowering == "eager":
         compiled = compile_outer_eager(inner, example_inputs, graph_pass)
     else:
         compiled = compile_outer(inner, example_inputs, graph_pass, options.inductor)
-    if not report.graphs and not report.notes:
-        report.notes.append("the compiled graph came from PyTorch's cache, so no pass ran")
+        if graph_pass.has_run:
+            save_report(key, report)
+        else:
+            _restore(report, key)
     if result is None:
         return compiled
     deferred, count = result.deferred, result.num_outputs

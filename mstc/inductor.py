@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, cast, get_origin
 
 import sympy
@@ -39,6 +40,7 @@ from torch._inductor.decomposition import select_decomp_table  # same ops for bo
 from torch._inductor.fx_passes.joint_graph import (
     joint_graph_passes,
 )  # what Inductor does before partitioning
+from torch._inductor.runtime.cache_dir_utils import cache_dir  # where compiled graphs are kept
 from torch._inductor.virtualized import V  # where Inductor finds the fake mode
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule
@@ -49,6 +51,7 @@ from torch.fx.graph import _BoxedCodeGen  # frees dead intermediates
 __all__ = [
     "CompiledBody",
     "CustomGraphPass",
+    "cache_folder",
     "compile_body",
     "compile_outer",
     "compile_outer_eager",
@@ -93,6 +96,11 @@ def without_duplicates(graph: Graph) -> Graph:
 def hide_autocast() -> AbstractContextManager[object]:
     """AOTAutograd has resolved autocast when a loop runs: casting again would change dtypes."""
     return torch._C._DisableAutocast()
+
+
+def cache_folder() -> Path | None:
+    """Where PyTorch keeps compiled graphs between processes; None where it was told not to."""
+    return None if inductor_config.force_disable_caches else Path(cache_dir())
 
 
 def known_inductor_options() -> frozenset[str]:

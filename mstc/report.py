@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,8 +75,34 @@ class Report:
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
 
+    @staticmethod
+    def from_json(entry: Mapping[str, Any]) -> Report:
+        """What `to_json` wrote, parsed.
+
+        Raises:
+            KeyError, TypeError: fields are missing, or unknown.
+        """
+        return Report(
+            graphs=[_graph_from_json(g) for g in entry["graphs"]],
+            deferred=list(entry["deferred"]),
+            refusals=[Refusal(**r) for r in entry["refusals"]],
+            notes=list(entry["notes"]),
+        )
+
     def __str__(self) -> str:
         return render(self)
+
+
+def _graph_from_json(entry: Mapping[str, Any]) -> GraphReport:
+    tables: dict[str, type] = {
+        "table": TableRow,
+        "table_after": TableRow,
+        "loops": LoopReport,
+        "refusals": Refusal,
+    }
+    return GraphReport(
+        **{k: tuple(tables[k](**row) for row in v) if k in tables else v for k, v in entry.items()}
+    )
 
 
 def _rows(plan: Plan, *, after: bool) -> tuple[TableRow, ...]:

@@ -1,13 +1,24 @@
-"""What all tests share: the golden files."""
+"""What all tests share: the golden files, and compile caches of their own."""
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
+
+# A graph that an earlier run left in PyTorch's caches would be served with no pass run; set before
+# torch is imported, and for the processes that tests start.
+_CACHES = tempfile.mkdtemp(prefix="mstc-tests-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHES
+os.environ.pop("TRITON_CACHE_DIR", None)
+atexit.register(shutil.rmtree, _CACHES, ignore_errors=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

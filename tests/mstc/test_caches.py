@@ -13,10 +13,19 @@ from typing import Any
 import pytest
 import torch
 
+import mstc
 from mstc.driver import ChunkPass
 from mstc.options import parse_options
 from mstc.report import Report
-from tests.models import fresh_compiler  # noqa: F401  (an autouse fixture)
+from mstc.saved import report_key
+from tests.models import (
+    MLP,
+    TinyLM,
+    compile_mst,
+    fresh_compiler,  # noqa: F401  (an autouse fixture)
+    lm_batch,
+    train,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,6 +57,7 @@ PROGRAM = textwrap.dedent(
         "hits": sum(n for name, n in counters["aot_autograd"].items() if "hit" in name),
         "notes": report.notes,
         "loops": sum(len(g.loops) for g in report.graphs),
+        "report": str(report),
         "bodies": mstc.runtime.loop.counters.bodies_compiled,
     }))
     """
@@ -77,7 +87,55 @@ def test_a_second_process_starts_warm(tmp_path: Path) -> None:
     assert warm["gradients"] == cold["gradients"]
     assert warm["bodies"] == cold["bodies"]  # loaded from the cache too, but in this process
     (note,) = warm["notes"]
-    assert "cache" in note
+    assert note == "the compiled graph came from PyTorch's cache, with this report"
+    assert warm["report"] == f"{cold['report']}\nnote: {note}"
+
+
+def test_a_warm_start_whose_report_is_lost(tmp_path: Path) -> None:
+    """Neither a missing nor a broken file costs more than the report."""
+    cold = _run(tmp_path)
+    (kept,) = (tmp_path / "mst_reports").iterdir()
+    for spoil in (lambda: kept.write_text('{"graphs": [{"kind"'), kept.unlink):
+        spoil()
+        warm = _run(tmp_path)
+        assert warm["hits"] >= 1
+        assert warm["loss"] == cold["loss"]
+        (note,) = warm["notes"]
+        assert "was not kept: mstc.explain(model, ...)" in note
+
+
+def test_a_report_as_json_and_back() -> None:
+    model, batch = TinyLM(), lm_batch(2, 37)
+    train(model, compile_mst(model), batch)
+    report = mstc.last_report()
+    assert report.graphs
+    assert Report.from_json(json.loads(report.to_json())) == report
+
+
+def test_the_report_key_knows_what_the_passes_see() -> None:
+    """Shapes, dtypes, gradients wanted, options: each changes the key; the same call does not."""
+    keys: list[str] = []
+
+    def backend(gm: Any, example_inputs: Any) -> Any:
+        keys.append(report_key(gm, "pass", {}))
+        keys.append(report_key(gm, "another pass", {}))
+        keys.append(report_key(gm, "pass", {"max_autotune": True}))
+        return gm.forward
+
+    def run(model: torch.nn.Module, x: torch.Tensor) -> list[str]:
+        torch._dynamo.reset()
+        keys.clear()
+        torch.compile(model, backend=backend)(x)
+        return list(keys)
+
+    model, x = MLP(), torch.randn(40, 16)
+    first = run(model, x)
+    assert run(model, x) == first
+    every = first + run(model, x[:39]) + run(MLP(wide=32), x) + run(MLP().double(), x.double())
+    with torch.no_grad():
+        every += run(model, x)
+    every += run(MLP().requires_grad_(False), x)
+    assert len(set(every)) == len(every)
 
 
 def _key(**options: Any) -> object:
