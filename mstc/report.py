@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,15 +94,16 @@ class Report:
 
 
 def _graph_from_json(entry: Mapping[str, Any]) -> GraphReport:
-    tables: dict[str, type] = {
-        "table": TableRow,
-        "table_after": TableRow,
-        "loops": LoopReport,
-        "refusals": Refusal,
+    def rows(name: str, kind: Callable[..., Any]) -> tuple[Any, ...]:
+        return tuple(kind(**row) for row in entry[name])
+
+    nested = {
+        "table": rows("table", TableRow),
+        "table_after": rows("table_after", TableRow),
+        "loops": rows("loops", LoopReport),
+        "refusals": rows("refusals", Refusal),
     }
-    return GraphReport(
-        **{k: tuple(tables[k](**row) for row in v) if k in tables else v for k, v in entry.items()}
-    )
+    return GraphReport(**(dict(entry) | nested))
 
 
 def _rows(plan: Plan, *, after: bool) -> tuple[TableRow, ...]:
