@@ -97,13 +97,13 @@ def _graph_from_json(entry: Mapping[str, Any]) -> GraphReport:
     def rows(name: str, kind: Callable[..., Any]) -> tuple[Any, ...]:
         return tuple(kind(**row) for row in entry[name])
 
-    nested = {
+    fields: dict[str, Any] = dict(entry) | {
         "table": rows("table", TableRow),
         "table_after": rows("table_after", TableRow),
         "loops": rows("loops", LoopReport),
         "refusals": rows("refusals", Refusal),
     }
-    return GraphReport(**(dict(entry) | nested))
+    return GraphReport(**fields)
 
 
 def _rows(plan: Plan, *, after: bool) -> tuple[TableRow, ...]:
