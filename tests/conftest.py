@@ -29,6 +29,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch  # after the caches are set
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[object, str], None]:
     """``golden(text, name)``: `text` must be what ``tests/golden/<name>.txt`` says."""

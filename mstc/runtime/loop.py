@@ -35,6 +35,7 @@ import torch
 from mstc import history
 from mstc.errors import BodyCompilationWarning
 from mstc.inductor import CompiledBody, compile_body, hide_autocast
+from mstc.runtime.product import add_product
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +161,7 @@ class Program:
                     output.slicing.split(value, sizes, size)
                 )
             elif output.kind == "matmul":
-                buffers[index] = _add_product(buffers[index], value, next(values), output)
+                buffers[index] = add_product(buffers[index], value, next(values), output.dtype)
             else:
                 buffers[index] = _add(buffers[index], value, output)
 
@@ -241,23 +242,6 @@ def _add(buffer: torch.Tensor | None, value: torch.Tensor, output: Output) -> to
     if buffer is None:
         return value.to(output.dtype, copy=True)
     return buffer.add_(value)
-
-
-def _add_product(
-    buffer: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor, output: Output
-) -> torch.Tensor:
-    """``buffer += left @ right``, multiplied and accumulated in the buffer's dtype."""
-    if left.dtype == output.dtype:
-        return torch.mm(left, right) if buffer is None else buffer.addmm_(left, right)
-    if left.is_cuda:  # cuBLAS multiplies low precision and accumulates in float32
-        if buffer is None:
-            return torch.mm(left, right, out_dtype=output.dtype)
-        return torch.ops.aten.addmm.dtype_out(buffer, left, right, output.dtype, out=buffer)
-    left, right = (
-        left.to(output.dtype),
-        right.to(output.dtype),
-    )  # a product is not rounded before it is added
-    return torch.mm(left, right) if buffer is None else buffer.addmm_(left, right)
 
 
 @functools.cache
