@@ -274,12 +274,14 @@ def compile_outer_eager(
             graph.recompile()
         return _boxed(graph)
 
+    table = dict(select_decomp_table())
+    table.pop(torch.ops.aten.detach.default, None)  # or a detached output would require grad
     compiler = aot_autograd(
         fw_compiler=forward,
         bw_compiler=forward,
         inference_compiler=inference,
         partition_fn=partition,
-        decompositions=select_decomp_table(),
+        decompositions=table,
         keep_inference_input_mutations=True,
     )
     return cast("Callable[..., Any]", compiler(gm, list(example_inputs)))

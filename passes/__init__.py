@@ -10,6 +10,7 @@
                   `passes.linear`
         body      one chunk's work as a graph of its own                          `passes.body`
         chunk     a new graph, with loops in place of regions                     `passes.chunk`
+    layout    outputs keep their strides                                          `passes.layout`
     verify    the new graph says what the old one said                            `passes.verify`
 
 Before these, on the graph as Dynamo made it: `passes.defer` takes outputs out that the caller
@@ -23,7 +24,8 @@ from collections.abc import Callable
 from torch.fx import Graph
 
 from passes.axes import analyze_axes
-from passes.plan import Planned, PlanOptions, make_plan
+from passes.layout import LayoutError, keep_strides
+from passes.plan import Planned, PlanOptions, left_alone, make_plan
 from passes.regions import find_regions
 from passes.rules import find_rule
 from passes.shift import move_slices
@@ -61,6 +63,10 @@ def run_passes(
     planned = make_plan(graph, axes, regions, refusals, options, loop_op=loop_op, lowering=lowering)
     observe("plan", planned.plan)
     if planned.chunked is not None:
+        try:
+            keep_strides(original, planned.chunked.graph)
+        except LayoutError as error:
+            return left_alone(planned, str(error))
         verify_same_interface(original, planned.chunked.graph)
         observe("chunk", planned.chunked)
     return planned

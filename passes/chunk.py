@@ -27,12 +27,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+import networkx as nx
 import sympy
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, Node, Proxy
+from torch.fx.node import map_arg
+from torch.fx.proxy import GraphAppendingTracer
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from passes.axes import Axes
 from passes.body import Body, sizes_of
+from passes.liveness import tangent_nodes
 from passes.modes import Bodies
 from passes.records import LoopPlan
 
@@ -59,6 +65,18 @@ class LoopNode:
     plan: LoopPlan
     body: Body
     label: str
+
+
+class UnorderedLoops(Exception):
+    """Loops of regions that are convex each by itself, but read each other's results.
+
+    Attributes:
+        plans: those whose loops wait for each other.
+    """
+
+    def __init__(self, plans: tuple[LoopPlan, ...]) -> None:
+        super().__init__("loops wait for each other")
+        self.plans = plans
 
 
 class ChunkedGraph:
@@ -115,6 +133,8 @@ class _Rewriter:
         self.owner: dict[Node, _Loop] = {}  # region output -> the loop that makes it
         self.inside: set[Node] = set()
         self.made: list[LoopNode] = []
+        self.tangents = tangent_nodes(graph)
+        self.size_nodes: dict[sympy.Expr, Node] = {}
         self.units: dict[
             Node, Node
         ] = {}  # gradient-in-forward: scalar -> its value for a tangent of one
@@ -177,8 +197,21 @@ class _Rewriter:
                 waiting[id(reader)] -= 1
                 if waiting[id(reader)] == 0:
                     heapq.heappush(ready, (place[id(reader)], serials[id(reader)], reader))
-        assert len(out) == len(units), "the regions are not convex"
+        if len(out) < len(units):
+            raise UnorderedLoops(self.circle(units, set(map(id, out))))
         return out
+
+    def circle(self, units: list[Node | _Loop], done: set[int]) -> tuple[LoopPlan, ...]:
+        """The plans whose loops wait for each other."""
+        waits = nx.DiGraph()
+        loops = {id(u): u for u in units if isinstance(u, _Loop)}
+        for unit in units:
+            if id(unit) not in done:
+                waits.add_edges_from((id(self.owner.get(i, i)), id(unit)) for i in self.reads(unit))
+        stuck = [c for c in nx.strongly_connected_components(waits) if len(c) > 1]
+        plans = [loops[i].plan for c in stuck for i in c if i in loops]
+        assert plans, "a region is not convex"
+        return tuple(dict.fromkeys(plans))
 
     # -- emission
 
@@ -203,7 +236,7 @@ class _Rewriter:
     ) -> Node:
         """A new call whose fake value comes from running it on the operands' fake values."""
         node = self.new.call_function(target, cast("Any", args))
-        values = torch.fx.map_arg(cast("Any", args), lambda n: n.meta["val"])
+        values = map_arg(cast("Any", args), lambda n: n.meta["val"])
         fake_mode = _fake_mode(like)
         with fake_mode:
             node.meta["val"] = target(*values)
@@ -244,7 +277,7 @@ class _Rewriter:
         units = self.unit_chain(loop) if tangent is not None else {}
         inputs = [units.get(n) or self.map[n] for n in body.inputs]
         like = loop.plan.region.seed if not loop.is_backward else body.outputs[0].node
-        sizes = [self.size_argument(s, like) for s in sizes_of(body, self.axes)]
+        sizes = [self.size_argument(s) for s in sizes_of(body, self.axes)]
         node = self.call(
             like,
             self.loop_op,
@@ -283,22 +316,43 @@ class _Rewriter:
     def tangent_made(self, loop: _Loop) -> frozenset[Node]:
         return loop.plan.region.backward if loop.bodies.tangent is not None else frozenset()
 
-    def size_argument(self, size: object, like: Node) -> object:
-        """An int, or a node that carries the symbolic size."""
+    def size_argument(self, size: object) -> object:
+        """An int, or a node that carries the symbolic size, computed from the graph's inputs."""
         if isinstance(size, int):
             return size
         expr = cast("sympy.Expr", size)
-        for node, new in self.map.items():
+        if expr not in self.size_nodes:
+            self.size_nodes[expr] = self.compute_size(expr)
+        return self.size_nodes[expr]
+
+    def compute_size(self, expr: sympy.Expr) -> Node:
+        if isinstance(expr, sympy.Symbol):
+            return self.symbol_node(expr)
+        operands = {s: self.symbol_node(s) for s in cast("set[sympy.Symbol]", expr.free_symbols)}
+        seen = set(self.new.nodes)
+        tracer = GraphAppendingTracer(self.new)
+        proxies = {s: Proxy(node, tracer) for s, node in operands.items()}
+        result = sympy_interp(PythonReferenceAnalysis, cast("Any", proxies), expr)
+        for node in self.new.nodes:
+            if node not in seen:
+                assert callable(node.target)
+                node.meta["val"] = node.target(*map_arg(node.args, lambda n: n.meta["val"]))
+                node.meta["partitioner_tag"] = "is_forward"
+        return result.node
+
+    def symbol_node(self, symbol: sympy.Symbol) -> Node:
+        """A node that has the value of a size symbol and needs no tangent."""
+        available = [n for n in self.map if n not in self.tangents]
+        for node in available:
             value = node.meta.get("val")
-            if isinstance(value, torch.SymInt) and sympy.expand(value.node.expr) == expr:
-                return new
-        for node, new in self.map.items():
+            if isinstance(value, torch.SymInt) and value.node.expr == symbol:
+                return self.map[node]
+        for node in available:
             value = node.meta.get("val")
-            if isinstance(value, torch.Tensor):
-                for dim, one in enumerate(value.shape):
-                    if isinstance(one, torch.SymInt) and sympy.expand(one.node.expr) == expr:
-                        return self.call(node, aten.sym_size.int, new, dim, backward=False)
-        raise AssertionError(f"no value in the graph has the size {expr} of {like}")
+            for dim, one in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+                if isinstance(one, torch.SymInt) and one.node.expr == symbol:
+                    return self.call(node, aten.sym_size.int, self.map[node], dim, backward=False)
+        raise AssertionError(f"no value in the graph has the size {symbol}")
 
 
 def _fake_mode(node: Node) -> torch._subclasses.FakeTensorMode:

@@ -19,7 +19,7 @@ of all sequences).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch.fx import Graph, Node
@@ -27,7 +27,7 @@ from torch.fx import Graph, Node
 from passes import rules
 from passes.axes import Axes
 from passes.body import Body, BodyError
-from passes.chunk import ChunkedGraph, chunk_graph, mutated_inputs
+from passes.chunk import ChunkedGraph, UnorderedLoops, chunk_graph, mutated_inputs
 from passes.liveness import analyze_liveness, saved_values, tangent_nodes
 from passes.modes import Bodies, gradient_in_forward, recompute
 from passes.records import Liveness, LoopPlan, Plan, Refusal, Region
@@ -83,6 +83,20 @@ def even_chunk(length: int, wanted: int, least: int) -> int:
     if near:
         return min(near, key=lambda d: (max(d / wanted, wanted / d), d))
     return math.ceil(length / max(1, math.ceil(length / wanted)))
+
+
+def left_alone(planned: Planned, reason: str) -> Planned:
+    """The same facts, but the graph stays as it is, for a reason."""
+    plan = planned.plan
+    refusal = Refusal("the graph", reason, "", plan.peak_before - plan.peak_after)
+    unchanged = replace(
+        plan,
+        loops=(),
+        refusals=(refusal, *plan.refusals),
+        peak_after=plan.peak_before,
+        after=plan.before,
+    )
+    return Planned(unchanged, None)
 
 
 class _Planner:
@@ -199,8 +213,21 @@ class _Planner:
         chunk = even_chunk(region.length, min(wanted, region.length), least)
         return replace(plan, chunk=chunk, num_chunks=math.ceil(region.length / chunk))
 
-    def rewrite(self, chosen: Mapping[LoopPlan, Bodies]) -> ChunkedGraph:
-        return chunk_graph(self.graph, self.axes, chosen, self.loop_op, self.lowering)
+    def rewrite(self, chosen: dict[LoopPlan, Bodies]) -> ChunkedGraph:
+        """The graph with all of `chosen`; those that cannot be ordered leave `chosen`, refused."""
+        while True:
+            try:
+                return chunk_graph(self.graph, self.axes, chosen, self.loop_op, self.lowering)
+            except UnorderedLoops as error:
+                least = min(error.plans, key=lambda p: p.region.inside_bytes)
+                others = [p.region.seed for p in error.plans if p is not least]
+                where = source_of(others[0]) if others else ""
+                self.refuse(
+                    least.region,
+                    "its loop needs what another loop makes, which needs what this one makes"
+                    + (f" (the other is from {op_name(others[0])} at {where})" if where else ""),
+                )
+                del chosen[least]
 
     def with_bodies(self, chunked: ChunkedGraph) -> Liveness:
         """Memory of the rewritten graph, a chunk's body counted where its loop runs."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
+from passes.liveness import tangent_nodes
+
 
 class VerificationError(AssertionError):
     """A pass broke an invariant; the graph is not used."""
@@ -22,7 +24,8 @@ def _signature(node: Node | None) -> object:
 
 
 def verify_same_interface(old: Graph, new: Graph) -> None:
-    """The same inputs in the same order, and outputs of the same shapes, dtypes and devices.
+    """The same inputs in the same order, outputs of the same shapes, dtypes and devices, and no
+    forward output that waits for a tangent.
 
     Raises:
         VerificationError: naming the first output that differs.
@@ -35,11 +38,14 @@ def verify_same_interface(old: Graph, new: Graph) -> None:
     left, right = _leaves(old_out.args[0]), _leaves(new_out.args[0])
     if len(left) != len(right):
         raise VerificationError(f"{len(left)} outputs became {len(right)}")
+    late, early = tangent_nodes(new), tangent_nodes(old)
     for index, (a, b) in enumerate(zip(left, right, strict=True)):
         if _signature(a) != _signature(b):
             raise VerificationError(
                 f"output {index} was {_signature(a)} ({a}) and became {_signature(b)} ({b})"
             )
+        if b in late and a not in early:
+            raise VerificationError(f"output {index} ({b}) came to depend on a tangent")
 
 
 def _leaves(args: object) -> list[Node | None]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -259,3 +262,47 @@ def test_chunks_are_of_rows_whatever_the_length() -> None:
 def test_very_short(length: int) -> None:
     model, batch = TinyLM(), lm_batch(1, length)
     assert_same(train(model, compile_mst(model), batch), train(model, model, batch))
+
+
+class EverySecond(nn.Module):
+    """A second output whose tangent has a size that nothing else in the graph has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 256, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = F.gelu(self.head(x))[:, ::8]
+        return logits.logsumexp(-1).sum(), logits.logsumexp(-1)
+
+
+class TokenShift(nn.Module):
+    """A size (length - 1) that only exists inside the region."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 256), nn.Linear(256, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = F.gelu(self.up(x))
+        y = y - F.pad(y[:, :-1], (0, 0, 1, 0))
+        return self.down(y).pow(2).mean(), x[:, 1:] * 2
+
+
+@pytest.mark.parametrize(("kind", "rows"), [(EverySecond, 1), (TokenShift, 3)])
+def test_a_size_that_is_computed_from_others(kind: type[nn.Module], rows: int) -> None:
+    """The loop needs it as an argument, before any tangent is there."""
+    model = kind()
+    compiled = compile_mst(model)
+
+    def loss(x: Tensor, call: Callable[..., Any]) -> Tensor:
+        torch._dynamo.mark_dynamic(x, 1)
+        first, second = call(x)
+        return first + second.square().sum()
+
+    for length in (65, 33, 50):
+        x = torch.randn(rows, length, 8)
+        expected = train(model, loss, (x, model))
+        assert_same(train(model, loss, (x, compiled)), expected)
+        assert_no_fallback([mstc.last_report()])
+        assert has_loops([mstc.last_report()])

@@ -263,3 +263,48 @@ def test_sparse_embedding_gradients() -> None:
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad.to_dense(), gradient)
+
+
+class Crossed(nn.Module):
+    """Two regions, each convex, of which each reads what the other makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ups = nn.ModuleList(nn.Linear(8, 128, bias=False) for _ in range(4))
+        self.downs = nn.ModuleList(nn.Linear(128, 8, bias=False) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = F.gelu(self.ups[0](x)), F.gelu(self.ups[1](x))
+        from_second = self.ups[2](self.downs[0](second).tanh())
+        from_first = self.ups[3](self.downs[1](first).tanh())
+        left = self.downs[2](first * from_second).pow(2)
+        return (left + self.downs[3](second * from_first).pow(2)).mean()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_regions_that_wait_for_each_other(grad: bool) -> None:
+    """One of them runs as a loop, the other is refused, and says which it collides with."""
+    model, batch = Crossed(), (torch.randn(2, 64, 8),)
+    call = compile_mst(model)
+    if grad:
+        assert_same(train(model, call, batch), train(model, model, batch))
+    else:
+        with torch.no_grad():
+            torch.testing.assert_close(call(*batch), model(*batch))
+    report = mstc.last_report()
+    assert not report.notes
+    assert len(report.graphs[0].loops) == 1
+    reasons = [r.reason for r in report.graphs[0].refusals]
+    assert any("its loop needs what another loop makes" in reason for reason in reasons)
+
+
+def test_a_detached_output_does_not_require_grad() -> None:
+    model, batch = TinyLM(), lm_batch(2, 37)
+
+    def both(ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = model.hidden(ids)
+        loss = F.cross_entropy(model.head(hidden).flatten(0, 1), labels.flatten())
+        return loss, hidden.flatten(0, -2), hidden.detach()
+
+    ours, eager = compile_mst(both)(*batch), both(*batch)
+    assert [t.requires_grad for t in ours] == [t.requires_grad for t in eager]

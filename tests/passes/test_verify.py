@@ -12,6 +12,7 @@ from passes.verify import VerificationError, verify_same_interface
 from tests.passes.graphs import trace
 
 Tensor = torch.Tensor
+T = torch.randn(4, 3)
 
 
 def graph_of(fn: Callable[..., object]) -> Graph:
@@ -61,3 +62,16 @@ def test_a_malformed_graph():
     new.find_nodes(op="output")[0].prepend(placeholder)  # after the node that reads it
     with pytest.raises((RuntimeError, VerificationError)):
         verify_same_interface(old, new)
+
+
+def test_a_forward_output_that_waits_for_the_backward():
+    """The partitioner would fail on it, where nothing of ours could fall back any more."""
+
+    def joint(late: bool) -> Graph:
+        graph = trace(lambda p, t: (p.sin() * t.sum() if late else p.sin(), t * 2), T, T.clone())
+        graph.find_nodes(op="placeholder")[1].target = "tangents_1"
+        return graph
+
+    verify_same_interface(joint(late=False), joint(late=False))
+    with pytest.raises(VerificationError, match=r"output 0 .* tangent"):
+        verify_same_interface(joint(late=False), joint(late=True))
