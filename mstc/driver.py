@@ -12,7 +12,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -31,7 +31,7 @@ from mstc.observe import Observer, dump
 from mstc.options import Options
 from mstc.report import Report, graph_report
 from mstc.runtime.deferred import wrap_outputs
-from mstc.runtime.loop import loop_op
+from mstc.runtime.loop import Call, loop_op, prepare_bodies
 from mstc.saved import load_report, report_key, save_report
 from passes.defer import DeferResult, defer_outputs
 from passes.liveness import tangent_nodes
@@ -56,6 +56,15 @@ def _replace_contents(graph: Graph, new: Graph) -> None:
         copied[node] = graph.node_copy(node, copied.__getitem__)
 
 
+def _call(node: Node) -> Call | None:
+    """What a loop node will be called with, if all sizes are known."""
+    inputs, sizes, chunk, spec, lowering = cast("Any", node.args)
+    values = tuple(i.meta["val"] for i in inputs)
+    if not all(isinstance(s, int) for v in values for s in (*v.shape, *v.stride(), *sizes)):
+        return None
+    return Call(values, tuple(sizes), chunk, spec, lowering)
+
+
 def _fall_back(error: Exception, report: Report) -> None:
     """Say that a pass failed; the graph stays as it is."""
     log.debug("a pass failed", exc_info=error)
@@ -77,6 +86,7 @@ class ChunkPass(CustomGraphPass):
         self.options = options
         self.report = report
         self.has_run = False
+        self.calls: list[Call] = []  # loops of fixed sizes, whose bodies can be compiled ahead
 
     def uuid(self) -> object:
         """Two compilations may share a cache entry only if our code and options are the same."""
@@ -115,6 +125,7 @@ class ChunkPass(CustomGraphPass):
             return
         if planned.chunked is not None:
             _replace_contents(graph, planned.chunked.graph)
+            self.calls += [c for loop in planned.chunked.loops if (c := _call(loop.node))]
         least = AT_PEAK * planned.plan.before.peak_bytes
         self.report.refusals = [r for r in self.report.refusals if r.nbytes >= least]
         entry = graph_report(planned.plan, training=bool(tangent_nodes(graph)))
@@ -196,6 +207,7 @@ def compile_graph(
         compiled = compile_outer_eager(inner, example_inputs, graph_pass)
     else:
         compiled = compile_outer(inner, example_inputs, graph_pass, options.inductor)
+        prepare_bodies(graph_pass.calls)
         if graph_pass.has_run:
             save_report(key, report)
         else:

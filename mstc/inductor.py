@@ -6,6 +6,7 @@ Works with torch 2.11 to 2.13.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ from torch._functorch.partitioners import (
     min_cut_rematerialization_partition,
 )  # the partitioner Inductor uses
 from torch._guards import TracingContext, tracing  # a body is compiled in a context of its own
+from torch._inductor.async_compile import AsyncCompile  # builds kernels in parallel
 from torch._inductor.compile_fx import (
     compile_fx,
     compile_fx_inner,
@@ -51,6 +53,7 @@ from torch.fx.graph import _BoxedCodeGen  # frees dead intermediates
 __all__ = [
     "CompiledBody",
     "CustomGraphPass",
+    "PendingKernels",
     "cache_folder",
     "compile_body",
     "compile_outer",
@@ -121,6 +124,47 @@ def mode_options(mode: str) -> dict[str, object]:
         RuntimeError: an unknown mode (PyTorch's own message names the known ones).
     """
     return dict(torch._inductor.list_mode_options(mode))
+
+
+class PendingKernels:
+    """Kernels that are being built while more graphs are lowered.
+
+    Inductor builds the kernels of one graph in parallel and waits for them as it loads the graph's
+    module. Graphs with two kernels each keep two cores busy, one after the other; collected, their
+    waits come later and all kernels are built side by side. The graphs must not run before `wait`.
+
+    For C++ kernels only: Triton's have to be there when PyTorch's cache takes the graph.
+    """
+
+    def __init__(self) -> None:
+        self._waits: list[Callable[[], None]] = []
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Collect the waits of graphs that this thread compiles meanwhile."""
+        original = AsyncCompile.wait
+        own = threading.get_ident()
+
+        def later(compiler: AsyncCompile, scope: dict[str, Any]) -> None:
+            if threading.get_ident() == own:
+                self._waits.append(lambda: original(compiler, scope))
+            else:
+                original(compiler, scope)
+
+        AsyncCompile.wait = later  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            AsyncCompile.wait = original  # type: ignore[method-assign]
+
+    def wait(self) -> None:
+        """Until all are built.
+
+        Raises:
+            what the first wait that fails raises.
+        """
+        while self._waits:
+            self._waits.pop(0)()
 
 
 class CompiledBody:

@@ -30,10 +30,10 @@ from passes.body import Body, BodyError, build_body
 from passes.linear import is_linear_in
 from passes.liveness import is_fusible
 from passes.records import Mode, Region
-from passes.source import hint
+from passes.source import hint, nbytes
 
 _LONG_RANGE = 1e30  # float16 and float8 end far below, bfloat16 and float32 do not
-_MAX_PRELUDE = 12  # pointwise ops that are computed again rather than their result kept
+_MAX_PRELUDE = 4  # large pointwise values that are computed again rather than one of them kept
 
 
 @dataclass(frozen=True)
@@ -147,24 +147,33 @@ def gradient_in_forward(
 def _prelude(region: Region, tangent: set[Node], saved: frozenset[Node]) -> frozenset[Node]:
     """Pointwise values that only the region reads, and that are made from values which live until
     the backward anyhow (the output of a normalisation, made from the residual stream): computed
-    again inside, they need not be kept."""
+    again inside, they need not be kept.
+
+    A prelude is short. Where the stream itself is only a sum of what earlier layers kept, it is not
+    computed again from there, or every layer would have a longer body than the one before."""
     nodes = region.nodes
     found: set[Node] = set()
 
-    def remake(node: Node, depth: int) -> set[Node] | None:
+    def remake(node: Node, least: int, budget: int, made: set[Node]) -> set[Node] | None:
         """The nodes to compute again for `node`, or None where that would keep something new
-        alive."""
-        if node.op == "placeholder":
+        alive, or needs more than `budget` values of at least `least` bytes."""
+        if node.op == "placeholder" or (made and node in saved):
             return set()
-        if depth and node in saved:
-            return set()
-        if depth > _MAX_PRELUDE or not (is_fusible(node) or rules.is_view(node)):
+        if not (is_fusible(node) or rules.is_view(node)):
             return None
         own = {node}
+        budget -= not rules.is_view(node) and nbytes(node.meta["val"]) >= least
+        if budget < 0 or len(made) > 8 * _MAX_PRELUDE:
+            return None
         for i in node.all_input_nodes:
-            below = remake(i, depth + 1)
+            below = remake(i, least, budget, made | own)
             if below is None:
-                return None
+                if not (made and _read_elsewhere(i, nodes, made | own)):
+                    return None
+                below = set()  # it is there for its other readers
+            budget -= sum(
+                not rules.is_view(n) and nbytes(n.meta["val"]) >= least for n in below - own
+            )
             own |= below
         return own
 
@@ -176,8 +185,13 @@ def _prelude(region: Region, tangent: set[Node], saved: frozenset[Node]) -> froz
                 continue
             if not _read_inside_only(i, nodes):
                 continue
-            found |= remake(i, 0) or set()
+            least = nbytes(i.meta["val"]) // 2
+            found |= remake(i, least, _MAX_PRELUDE, set()) or set()
     return frozenset(found)
+
+
+def _read_elsewhere(node: Node, nodes: frozenset[Node], made: set[Node]) -> bool:
+    return any(u not in nodes and u not in made for u in node.users)
 
 
 def _read_inside_only(node: Node, nodes: frozenset[Node]) -> bool:

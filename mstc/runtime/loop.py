@@ -13,8 +13,9 @@ in another process.
 
 Per chunk: narrow the split inputs (no copy where the slice is contiguous), run the compiled body,
 copy split outputs into buffers allocated once, add sums and products in place. Bodies are compiled
-on first use, once per distinct text and sizes; when a second size comes, the sizes that differ are
-left open, so that two compiles serve any lengths.
+once per distinct text and sizes, ahead of their first use where the sizes are known
+(`prepare_bodies`); when a second size comes, the sizes that differ are left open, so that two
+compiles serve any lengths.
 
 A body that Inductor cannot compile is run op by op: as exact, as small, slower. That is said once,
 by a warning and in the report.
@@ -26,7 +27,8 @@ import functools
 import json
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +36,7 @@ import torch
 
 from mstc import history
 from mstc.errors import BodyCompilationWarning
-from mstc.inductor import CompiledBody, compile_body, hide_autocast
+from mstc.inductor import CompiledBody, PendingKernels, compile_body, hide_autocast
 from mstc.runtime.product import add_product
 
 log = logging.getLogger(__name__)
@@ -125,13 +127,8 @@ class Program:
         buffers: list[torch.Tensor | None] = [
             o.empty(sizes, device) if o.kind == "split" else None for o in self.outputs
         ]
-        start = 0
-        while start < length:
-            size = min(chunk, length - start)
-            if length - start - size == 1 and size > 2:
-                size -= 1  # a last chunk of one would be compiled for itself
+        for start, size in _chunks(length, chunk):
             self._step(inputs, sizes, start, size, buffers)
-            start += size
         return [
             b if b is not None else o.empty(sizes, device).zero_()
             for b, o in zip(buffers, self.outputs, strict=True)
@@ -145,10 +142,7 @@ class Program:
         size: int,
         buffers: list[torch.Tensor | None],
     ) -> None:
-        tensors = [
-            t if s is None else s.merge(s.narrow(t, sizes, start, size))
-            for t, s in zip(inputs, self.inputs, strict=True)
-        ]
+        tensors = self._slices(inputs, sizes, start, size)
         own = (size, *sizes[1:])
         values = iter(self.function(own, tensors)(own, tensors))
         del tensors
@@ -165,19 +159,58 @@ class Program:
             else:
                 buffers[index] = _add(buffers[index], value, output)
 
+    def _slices(
+        self, inputs: Sequence[torch.Tensor], sizes: Sequence[int], start: int, size: int
+    ) -> list[torch.Tensor]:
+        return [
+            t if s is None else s.merge(s.narrow(t, sizes, start, size))
+            for t, s in zip(inputs, self.inputs, strict=True)
+        ]
+
     # -- compiling
+
+    def prepare(
+        self, inputs: Sequence[torch.Tensor], sizes: Sequence[int], chunk: int
+    ) -> list[Callable[[], None]]:
+        """Compile for a call that is to come.
+
+        Args:
+            inputs: fake tensors. Should the real ones have other strides, the body is compiled
+                once more, on first use.
+            sizes, chunk: as for `run`.
+
+        Returns:
+            What is left to do, once other bodies have been prepared as well: calls that wait until
+            kernels are built.
+        """
+        waits: list[Callable[[], None]] = []
+        for start, size in _chunks(sizes[0], chunk):
+            tensors = self._slices(inputs, sizes, start, size)
+            key = (size, *sizes[1:]), _form(tensors)
+            if key in self.compiled:
+                continue
+            pending = PendingKernels()
+            on_cpu = all(t.device.type == "cpu" for t in tensors)
+            with pending.collected() if on_cpu else nullcontext():
+                self.compiled[key] = self._compile(*key, tensors)
+            waits.append(functools.partial(self._wait, key, pending))
+        return waits
+
+    def _wait(self, key: tuple[Any, ...], pending: PendingKernels) -> None:
+        try:
+            pending.wait()
+        except Exception as error:  # the C++ compiler's, say
+            self._give_up(error)
+            self.compiled[key] = self._eagerly
 
     def function(
         self, sizes: tuple[int, ...], tensors: list[torch.Tensor]
     ) -> Callable[[Sequence[int], list[torch.Tensor]], Sequence[torch.Tensor]]:
         """The body for these sizes; compiled now if it is the first call of its kind."""
-        form = tuple(
-            (None if t.is_contiguous() else t.stride(), t.dtype, t.device) for t in tensors
-        )
-        key = (sizes, form)
+        key = sizes, _form(tensors)
         found = self.compiled.get(key)
         if found is None:
-            found = self.compiled[key] = self._compile(sizes, form, tensors)
+            found = self.compiled[key] = self._compile(*key, tensors)
         return found
 
     def _eagerly(self, sizes: Sequence[int], tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -208,19 +241,67 @@ class Program:
                 self.lowering["config"],
             )
         except Exception as error:  # Inductor's errors have no common base
-            self.failure = error
-            log.warning("a loop body could not be compiled and runs op by op", exc_info=True)
-            what = (
-                f"Inductor could not compile a loop body ({type(error).__name__}: {error}); "
-                "it runs op by op: the numbers and the memory are the same, the speed is not."
-            )
-            history.note(what)
-            warnings.warn(what, BodyCompilationWarning, stacklevel=2)
+            self._give_up(error)
             return self._eagerly
         counters.bodies_compiled += 1
         if dynamic:
             bodies.append(body)
         return body
+
+    def _give_up(self, error: Exception) -> None:
+        self.failure = error
+        log.warning("a loop body could not be compiled and runs op by op", exc_info=error)
+        what = (
+            f"Inductor could not compile a loop body ({type(error).__name__}: {error}); "
+            "it runs op by op: the numbers and the memory are the same, the speed is not."
+        )
+        history.note(what)
+        warnings.warn(what, BodyCompilationWarning, stacklevel=3)
+
+
+def _chunks(length: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """Start and size of every chunk, in positions."""
+    start = 0
+    while start < length:
+        size = min(chunk, length - start)
+        if length - start - size == 1 and size > 2:
+            size -= 1  # a last chunk of one would be compiled for itself
+        yield start, size
+        start += size
+
+
+def _form(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    """What a body is compiled for, beside the sizes."""
+    return tuple((None if t.is_contiguous() else t.stride(), t.dtype, t.device) for t in tensors)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of the loop op that is to come."""
+
+    inputs: tuple[torch.Tensor, ...]  # fake
+    sizes: tuple[int, ...]
+    chunk: int
+    spec: str
+    lowering: str
+
+
+def prepare_bodies(calls: Sequence[Call]) -> None:
+    """Compile the bodies of loops before they run, so that their kernels are built in parallel.
+
+    What fails here for any other reason than Inductor is left to be compiled on first use.
+    """
+    waits: list[Callable[[], None]] = []
+    try:
+        for call in calls:
+            program = program_of(call.spec, call.lowering)
+            with call.inputs[0].fake_mode:  # type: ignore[attr-defined]
+                waits += program.prepare(call.inputs, call.sizes, call.chunk)
+    except Exception:
+        log.debug("bodies are compiled on first use", exc_info=True)
+    finally:
+        for wait in waits:
+            wait()
 
 
 @dataclass

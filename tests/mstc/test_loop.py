@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,8 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._inductor.async_compile import AsyncCompile
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mstc
+from mstc.errors import BodyCompilationWarning
+from mstc.inductor import PendingKernels
 from mstc.runtime import loop
 from tests.models import (
     INDUCTOR,
@@ -34,7 +39,7 @@ SQUARE = {
         "def forward(self, a0, a1, t0, t1):\n"
         "    y = torch.ops.aten.mul.Tensor(t0, t1)\n"
         "    s = torch.ops.aten.sum.dim_IntList(y, [0])\n"
-        "    return (y, s, torch.ops.aten.t.default(t0), y)\n"
+        "    return (y, s, torch.ops.aten.permute.default(t0, [1, 0]), y)\n"
     ),
     "inputs": [{"slice": [0, [0], 0], "dims": [[0], [1]]}, {"slice": None, "dims": [[1]]}],
     "outputs": [
@@ -249,3 +254,106 @@ def test_memory_of_the_sum_is_not_that_of_all_chunks() -> None:
     trace = mstc.measure_peak(lambda: call(x, w, labels).backward(), parameters=[w, x])
     logits, gradient = 512 * 4096 * 4, w.nbytes
     assert trace.peak_intermediate_nbytes < 0.3 * logits + 2 * gradient
+
+
+# -- bodies compiled ahead of their first use ---------------------------------------------------
+
+
+def _call_of(x: Tensor, w: Tensor, chunk: int) -> loop.Call:
+    mode = FakeTensorMode()
+    inputs = (mode.from_tensor(x), mode.from_tensor(w))
+    return loop.Call(inputs, tuple(x.shape), chunk, json.dumps(SQUARE), INDUCTOR_LOWERING)
+
+
+def test_what_was_prepared_serves_every_chunk(compiles: list[Any]) -> None:
+    """The full chunks and the last one; nothing is compiled when the loop runs."""
+    x, w = torch.randn(11, 3), torch.randn(3)
+    loop.prepare_bodies([_call_of(x, w, 4), _call_of(x, w, 4)])
+    assert [sizes for sizes, _ in compiles] == [(4, 3), (3, 3)]
+    check(x, w, 4)
+    assert len(compiles) == 2
+
+
+def test_other_strides_than_prepared_for(compiles: list[Any]) -> None:
+    """The real tensor decides: compiled once more, and right."""
+    x, w = torch.randn(8, 6), torch.randn(6)
+    loop.prepare_bodies([_call_of(x, w, 4)])
+    check(x, torch.randn(12)[::2], 4)
+    assert len(compiles) == 2
+
+
+def test_a_prepared_body_through_inductor() -> None:
+    loop.program_of.cache_clear()
+    x, w = torch.randn(11, 3), torch.randn(3)
+    before = loop.counters.bodies_compiled
+    loop.prepare_bodies([_call_of(x, w, 4)])
+    assert loop.counters.bodies_compiled - before == 2
+    for got, want in zip(run(x, w, 4, INDUCTOR_LOWERING), expected(x, w), strict=True):
+        torch.testing.assert_close(got, want)
+    assert loop.counters.bodies_compiled - before == 2
+
+
+def test_kernels_that_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A C++ compiler that fails shows when its result is waited for: the body runs op by op."""
+
+    def fail(self: PendingKernels) -> None:
+        raise RuntimeError("no C++ compiler today")
+
+    monkeypatch.setattr(PendingKernels, "wait", fail)
+    loop.program_of.cache_clear()
+    x, w = torch.randn(8, 3), torch.randn(3)
+    with pytest.warns(BodyCompilationWarning, match="no C\\+\\+ compiler today"):
+        loop.prepare_bodies([_call_of(x, w, 4)])
+    for got, want in zip(run(x, w, 4, INDUCTOR_LOWERING), expected(x, w), strict=True):
+        torch.testing.assert_close(got, want)
+    loop.program_of.cache_clear()
+
+
+def test_waits_of_other_threads_are_not_collected() -> None:
+    """Another thread may be about to run what it compiles."""
+    waited: list[str] = []
+
+    class Compiler(AsyncCompile):
+        def _wait_futures(self, scope: dict[str, Any]) -> None:
+            waited.append(scope["name"])
+
+    def wait(name: str) -> None:
+        AsyncCompile.wait(Compiler(), {"name": name})
+
+    pending = PendingKernels()
+    with torch._inductor.config.patch(compile_threads=2), pending.collected():
+        wait("own")
+        other = threading.Thread(target=wait, args=("another",))
+        other.start()
+        other.join()
+        assert waited == ["another"]
+    with torch._inductor.config.patch(compile_threads=2):
+        pending.wait()
+        wait("later")
+    assert waited == ["another", "own", "later"]
+
+
+def test_layers_with_normed_branches_share_their_bodies() -> None:
+    """The stream is a sum of normed branches (as in Gemma-2): no layer computes it all again."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix, self.mlp = nn.Linear(16, 16, bias=False), MLP(16, 64)
+            self.norms = nn.ModuleList(nn.RMSNorm(16, eps=1e-5) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.norms[1](self.mix(self.norms[0](x)))
+            return x + self.norms[3](self.mlp(self.norms[2](x)))
+
+    model = nn.Sequential(*(Layer() for _ in range(4)))
+
+    def loss(x: Tensor) -> Tensor:
+        return model(x).square().mean()
+
+    batch = (torch.randn(64, 16, requires_grad=True),)
+    eager = train(model, loss, batch)
+    with counting_loops() as programs:
+        assert_same(train(model, compile_mst(loss), batch), eager)
+    assert len(programs) == 8
+    assert len(set(programs)) == 2
