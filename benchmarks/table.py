@@ -1,6 +1,13 @@
-"""The results of `benchmarks.memory` as Markdown, for the README."""
+"""The results of `benchmarks.memory` as Markdown.
 
+python -m benchmarks.table benchmarks/results/memory-cpu.json    # writes the README's tables
+"""
+
+import json
+import re
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 Records = dict[str, dict[str, Any]]
@@ -64,6 +71,79 @@ def _error(records: Records) -> str:
     return _table(header, rows)
 
 
+TITLES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen3": "Qwen3",
+    "gemma2": "Gemma-2 (soft-capped)",
+    "bert": "BERT (masked LM)",
+    "nanogpt": "nanoGPT-style",
+}
+
+
+def readme_cost(results: dict[str, Any]) -> str:
+    """mst against Inductor, per model and case: peaks, step time, compile time."""
+    records: Records = results["records"]
+    rows: list[list[str]] = []
+    for model, title in TITLES.items():
+        size = results["sizes"][model]
+        cases = [k.split("/")[2] for k in records if re.fullmatch(f"peak/{model}/.*/mst", k)]
+        for case in cases:
+            time = records.get(f"time/{model}/{case}", {})
+            theirs, ours = (
+                records.get(f"peak/{model}/{case}/{c}", {}) for c in ("inductor", "mst")
+            )
+            peaks, compiles = (
+                [float(r[what]) for r in (theirs, ours) if what in r]
+                for what in ("peak_intermediate_nbytes", "compile_s")
+            )
+            if len(peaks) < 2:  # it failed, which the other table says
+                continue
+            rows.append(
+                [
+                    title,
+                    f"{size['layers']} x {size['hidden']}, {size['vocab']:,}",
+                    case.replace("x", " x "),
+                    *(f"{nbytes / 2**20:,.0f}" for nbytes in peaks),
+                    f"**{peaks[1] / peaks[0]:.2f}x**",
+                    _number(time.get("mst_over_inductor"), ".2f"),
+                    f"{compiles[1] / compiles[0]:.2f}",
+                ]
+            )
+    header = ("model", "layers x hidden, vocabulary", "batch x tokens", "Inductor MiB", "mst MiB")
+    return _table((*header, "peak", "time per step", "compile time"), rows)
+
+
+def readme_errors(results: dict[str, Any]) -> str:
+    """Worst gradient errors against float64, mst and Inductor, per model and precision."""
+    records: Records = results["records"]
+    modes = ("fp32", "bf16", "autocast")
+    rows: list[list[str]] = []
+    for model, title in TITLES.items():
+        found = {k.split("/")[3]: r for k, r in records.items() if k.startswith(f"error/{model}/")}
+        if found:
+            pairs = [[found.get(m, {}).get(c, {}) for c in ("mst", "inductor")] for m in modes]
+            cells = (" / ".join(_number(r.get("worst"), ".2e") for r in pair) for pair in pairs)
+            rows.append([title, *cells])
+    return _table(("worst gradient error, mst / Inductor", *modes), rows)
+
+
+def write_readme(results: dict[str, Any], path: Path) -> None:
+    """Put the tables between their markers, ``<!-- table:NAME -->`` and ``<!-- /table:NAME -->``.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    text = path.read_text()
+    for name, table in (("memory", readme_cost(results)), ("errors", readme_errors(results))):
+        begin, end = f"<!-- table:{name} -->", f"<!-- /table:{name} -->"
+        if begin not in text or end not in text:
+            raise ValueError(f"{path} has no {begin} ... {end}")
+        head, _, rest = text.partition(begin)
+        text = f"{head}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
+    path.write_text(text)
+
+
 def _failure(record: dict[str, Any]) -> str:
     """What stands in the table for a job that ended without a figure."""
     if "failed" not in record:
@@ -81,3 +161,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         return ""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    write_readme(json.loads(Path(sys.argv[1]).read_text()), Path("README.md"))

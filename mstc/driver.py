@@ -1,6 +1,7 @@
 """One compilation on one screen.
 
-Dynamo graph --defer--> Dynamo graph without the logits
+Dynamo graph --open--> Dynamo graph that takes no deferred tensor
+             --defer--> Dynamo graph without the logits
              --AOTAutograd--> joint graph --ChunkPass--> joint graph with loops
              --partitioner, Inductor--> a callable, wrapped so that deferred outputs come back
 """
@@ -11,6 +12,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,19 +24,22 @@ from mstc import history
 from mstc.errors import FallbackWarning
 from mstc.inductor import (
     CustomGraphPass,
+    attribute_source,
     compile_outer,
     compile_outer_eager,
+    detect_fake_mode,
     get_hash_for_files,
     without_duplicates,
 )
 from mstc.observe import Observer, dump
 from mstc.options import Options
 from mstc.report import Report, graph_report
-from mstc.runtime.deferred import wrap_outputs
+from mstc.runtime.deferred import DeferredTensor, opening_of, plain_example, wrap_outputs
 from mstc.runtime.loop import Call, loop_op, prepare_bodies
 from mstc.saved import load_report, report_key, save_report
 from passes.defer import DeferResult, defer_outputs
 from passes.liveness import tangent_nodes
+from passes.open import Opening, open_inputs
 from passes.plan import AT_PEAK, PlanOptions
 
 log = logging.getLogger(__name__)
@@ -162,13 +167,102 @@ def _deferred(gm: GraphModule, options: Options, report: Report) -> DeferResult 
     return result
 
 
-def analyze_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Report:
-    """Find out what would be done to a Dynamo graph, and compile nothing."""
+@dataclass(frozen=True)
+class _Opened:
+    """A Dynamo graph that takes no deferred tensor any more."""
+
+    graph: GraphModule
+    inputs: list[Any]  # example inputs
+    parts: frozenset[int]  # positions of inputs that are computed inside, from their parts
+    values: frozenset[int]  # positions of inputs that are passed as plain tensors
+
+    def arguments(self, args: Sequence[Any]) -> list[Any]:
+        """What the graph is to be called with."""
+        flat: list[Any] = []
+        for index, arg in enumerate(args):
+            if index in self.parts:
+                flat += arg.parts()
+            else:
+                flat.append(arg.materialize() if index in self.values else arg)
+        return flat
+
+
+def _open(gm: GraphModule, example_inputs: Sequence[Any], report: Report) -> _Opened:
+    """Have deferred inputs computed in the graph; one that it writes to is passed as values."""
+    openings: dict[int, Opening] = {}
+    inputs: list[Any] = []
+    plain: dict[int, torch.Tensor] = {}
+    for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        example = node.meta.get("example_value")
+        opening = opening_of(example, attribute_source(node))
+        if opening is not None:
+            openings[index] = opening
+            inputs += opening.parts
+            report.notes.append(f"input {index} is a deferred output: it is computed in the graph")
+        elif isinstance(example, DeferredTensor) and example.has_parts:
+            mode = detect_fake_mode(example_inputs)
+            assert mode is not None, "Dynamo traces with fake tensors"
+            with mode:
+                plain[index] = plain_example(example)
+            inputs.append(plain[index])
+        else:
+            inputs.append(example_inputs[index])
+    if not openings and not plain:
+        return _Opened(gm, list(example_inputs), frozenset(), frozenset())
+    graph = open_inputs(gm, openings, plain)
+    return _Opened(graph, inputs, frozenset(openings), frozenset(plain))
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What AOTAutograd gets of a Dynamo graph, and the way back from it."""
+
+    opened: _Opened
+    result: DeferResult | None  # None when no output leaves the graph
+
+    @property
+    def graph(self) -> GraphModule:
+        return self.opened.graph if self.result is None else self.result.graph_module
+
+    @property
+    def inputs(self) -> list[Any]:
+        return self.opened.inputs
+
+    def wrap(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """A callable with the Dynamo graph's inputs and outputs."""
+        opened, result = self.opened, self.result
+        if not opened.parts and not opened.values and result is None:
+            return compiled
+
+        def call(*args: Any) -> Any:
+            args = tuple(opened.arguments(args))
+            outputs = compiled(*args)
+            if result is None:
+                return outputs
+            return wrap_outputs(result.deferred, outputs, args, num_outputs=result.num_outputs)
+
+        return call
+
+
+def _prepare(
+    gm: GraphModule, example_inputs: Sequence[Any], options: Options, report: Report
+) -> _Prepared:
+    opened = _open(gm, example_inputs, report)
+    return _Prepared(opened, _deferred(opened.graph, options, report))
+
+
+def analyze_graph(
+    gm: GraphModule, example_inputs: Sequence[Any], options: Options
+) -> tuple[Report, Callable[..., Any]]:
+    """Find out what would be done to a Dynamo graph, and compile nothing.
+
+    Returns:
+        the report, and a callable that runs the graph op by op, deferred outputs and all.
+    """
     report = Report()
-    result = _deferred(gm, options, report)
-    inner = gm if result is None else result.graph_module
-    compile_outer_eager(inner, example_inputs, ChunkPass(options, report))
-    return report
+    prepared = _prepare(gm, example_inputs, options, report)
+    compile_outer_eager(prepared.graph, prepared.inputs, ChunkPass(options, report))
+    return report, prepared.wrap(prepared.graph.forward)
 
 
 def _restore(report: Report, key: str) -> None:
@@ -200,23 +294,15 @@ def compile_graph(
     report = Report()
     history.add(report)
     graph_pass = ChunkPass(options, report)
-    key = report_key(gm, graph_pass.uuid(), options.inductor)  # before anything changes the graph
-    result = _deferred(gm, options, report)
-    inner = gm if result is None else result.graph_module
+    prepared = _prepare(gm, example_inputs, options, report)
     if options.lowering == "eager":
-        compiled = compile_outer_eager(inner, example_inputs, graph_pass)
+        compiled = compile_outer_eager(prepared.graph, prepared.inputs, graph_pass)
     else:
-        compiled = compile_outer(inner, example_inputs, graph_pass, options.inductor)
+        key = report_key(prepared.opened.graph, graph_pass.uuid(), options.inductor)
+        compiled = compile_outer(prepared.graph, prepared.inputs, graph_pass, options.inductor)
         prepare_bodies(graph_pass.calls)
         if graph_pass.has_run:
             save_report(key, report)
         else:
             _restore(report, key)
-    if result is None:
-        return compiled
-    deferred, count = result.deferred, result.num_outputs
-
-    def call(*args: Any) -> list[Any]:
-        return wrap_outputs(deferred, compiled(*args), args, num_outputs=count)
-
-    return call
+    return prepared.wrap(compiled)

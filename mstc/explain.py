@@ -46,14 +46,6 @@ def explain(
     merged = Report()
     model = _plain(model)
 
-    def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        report = driver.analyze_graph(gm, example_inputs, parsed)
-        merged.graphs += report.graphs
-        merged.deferred += report.deferred
-        merged.refusals += report.refusals
-        merged.notes += report.notes
-        return gm.forward
-
     def call(*args: Any, **kwargs: Any) -> Any:  # so that the model's own frames keep their cache
         return model(*args, **kwargs)
 
@@ -63,6 +55,15 @@ def explain(
     given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, FakeTensor)]
     mode = given[0].fake_mode if given else FakeTensorMode(allow_non_fake_inputs=True)
     fake_args, fake_kwargs = tree_map_only(torch.Tensor, lambda t: _fake(t, mode), (args, kwargs))
+
+    def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        report, run = driver.analyze_graph(gm, example_inputs, parsed)
+        merged.graphs += report.graphs
+        merged.deferred += report.deferred
+        merged.refusals += report.refusals
+        merged.notes += report.notes
+        return lambda *args: run(*tree_map_only(torch.Tensor, lambda t: _fake(t, mode), args))
+
     with (
         forgotten_frames(),
         torch._dynamo.config.patch(recompile_limit=1 << 16),

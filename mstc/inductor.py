@@ -23,12 +23,19 @@ from torch._dynamo import convert_frame  # knows which functions were compiled
 from torch._dynamo.backends.common import (
     aot_autograd,
 )  # AOTAutograd as a backend, for the lowering without Inductor
-from torch._dynamo.source import ConstantSource  # names the symbols of a body's sizes
+from torch._dynamo.source import (
+    AttrSource,
+    ConstantSource,
+)  # where an input comes from; names of the symbols of a body's sizes
 from torch._functorch.compile_utils import fx_graph_cse  # what the partitioner does first
 from torch._functorch.partitioners import (
     min_cut_rematerialization_partition,
 )  # the partitioner Inductor uses
-from torch._guards import TracingContext, tracing  # a body is compiled in a context of its own
+from torch._guards import (
+    TracingContext,
+    detect_fake_mode,
+    tracing,
+)  # a body is compiled in a context of its own; what Dynamo traced under
 from torch._inductor.async_compile import AsyncCompile  # builds kernels in parallel
 from torch._inductor.compile_fx import (
     compile_fx,
@@ -45,7 +52,7 @@ from torch._inductor.fx_passes.joint_graph import (
 from torch._inductor.runtime.cache_dir_utils import cache_dir  # where compiled graphs are kept
 from torch._inductor.virtualized import V  # where Inductor finds the fake mode
 from torch._subclasses import FakeTensorMode
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv  # symbolic sizes of a body
 from torch.fx.graph import _BoxedCodeGen  # frees dead intermediates
@@ -54,10 +61,12 @@ __all__ = [
     "CompiledBody",
     "CustomGraphPass",
     "PendingKernels",
+    "attribute_source",
     "cache_folder",
     "compile_body",
     "compile_outer",
     "compile_outer_eager",
+    "detect_fake_mode",
     "forgotten_frames",
     "get_hash_for_files",
     "hide_autocast",
@@ -94,6 +103,12 @@ def without_duplicates(graph: Graph) -> Graph:
     """A copy in which equal computations are done once, as AOTAutograd's partitioner will have
     it."""
     return fx_graph_cse(graph)
+
+
+def attribute_source(node: Node) -> Callable[[str], object]:
+    """Dynamo's source of an attribute of a graph input."""
+    base = getattr(node, "_dynamo_source", None)
+    return lambda name: None if base is None else AttrSource(base, name)
 
 
 def hide_autocast() -> AbstractContextManager[object]:

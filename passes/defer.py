@@ -8,7 +8,8 @@ recipe for making it later.
 Terms
 -----
 loss        an output that is a 0-dim floating tensor.
-candidate   an output that a loss is computed from and that is at least `min_bytes` large.
+candidate   an output of at least `min_bytes` that a loss is computed from; in a graph that has no
+            loss, any output of that size that requires grad: the loss may be in another graph.
 closure     the few operations that make a candidate again, as a graph module of its own.
 frontier    what a closure starts from: inputs of the graph (free: the caller holds them anyway) and
             intermediates (paid for: they become new outputs of the graph).
@@ -22,7 +23,8 @@ Steps
 3. For each candidate walk back over operations that are pure, deterministic and few (the table
    `_REPEATABLE`, at most `max_nodes`). There, a minimum cut separates the candidate from the rest
    of the graph; a node costs the bytes that it would keep alive as an output. Of equal cuts the
-   one nearest to the candidate is the frontier. It must cost a quarter of the candidate or less.
+   one nearest to the candidate is the frontier. It must cost a quarter of the candidate or less
+   (an eighth, where the graph has no loss).
 4. Copy the closure out. In-graph autocast regions are entered and left again inside it.
 5. Copy the graph, without the deferred outputs and with the frontier as new ones.
 
@@ -57,6 +59,8 @@ __all__ = ["DeferResult", "DeferredOutput", "Source", "defer_outputs"]
 
 FRONTIER_SHARE = 4
 """A frontier's intermediates may have at most one part in this many of the output's bytes."""
+FAR_SHARE = 8
+"""The same where the graph has no loss: the output is surely used, so the gain has to be large."""
 
 Extent = int | sympy.Expr
 """A size or stride in elements: a number, or an expression in the graph's size symbols."""
@@ -131,8 +135,12 @@ def defer_outputs(
     facts = _Facts(gm)
     closures: dict[fx.Node, _Closure] = {}
     refusals: list[Refusal] = []
+    has_loss = any(map(_is_loss, outputs))
+    share = FRONTIER_SHARE if has_loss else FAR_SHARE
     for node in _candidates(outputs, min_bytes):
-        found = facts.why_kept(node, outputs) or _find_closure(node, facts, max_nodes)
+        found = facts.why_kept(node, outputs) or _find_closure(node, facts, max_nodes, share)
+        if isinstance(found, str) and not has_loss:
+            continue  # an output like any other
         if isinstance(found, str):
             subject = f"output {outputs.index(node)} ({node.name})"
             refusals.append(Refusal(subject, found, source_of(node), _nbytes(node) or 0))
@@ -156,11 +164,16 @@ def defer_outputs(
 
 
 def _candidates(outputs: Sequence[Any], min_bytes: int) -> list[fx.Node]:
-    """Output nodes, each once and in order, that are large and that a loss is computed from."""
+    """Output nodes, each once and in order, that are large and that a loss is computed from (or may
+    be, elsewhere)."""
     nodes = dict.fromkeys(n for n in outputs if isinstance(n, fx.Node))
     tensors = [n for n in nodes if _is_floating(n)]
+    losses = list(filter(_is_loss, tensors))
+    if not losses:
+        wanted = [n for n in tensors if _tensor(n).requires_grad and n.op != "placeholder"]
+        return [n for n in wanted if (_nbytes(n) or 0) >= min_bytes]
     above: set[fx.Node] = set()
-    stack = [source for n in tensors if _tensor(n).dim() == 0 for source in n.all_input_nodes]
+    stack = [source for n in losses for source in n.all_input_nodes]
     while stack:
         if (node := stack.pop()) not in above:
             above.add(node)
@@ -327,7 +340,7 @@ class _Closure:
     frontier: list[fx.Node]  # intermediates that they read
 
 
-def _find_closure(output: fx.Node, facts: _Facts, max_nodes: int) -> _Closure | str:
+def _find_closure(output: fx.Node, facts: _Facts, max_nodes: int, share: int) -> _Closure | str:
     """The closure with the smallest frontier, or the reason why there is none."""
     network = nx.DiGraph()  # an edge without a capacity cannot be cut
     network.add_edge((output, "made"), "output")
@@ -364,7 +377,7 @@ def _find_closure(output: fx.Node, facts: _Facts, max_nodes: int) -> _Closure | 
         cut = {n for n in found if (n, "make") in rest and (n, "made") not in rest}
     closure = _closure_above(output, cut, facts)
     size, kept = _nbytes(output) or 0, _frontier_nbytes(closure)
-    if kept * FRONTIER_SHARE > size:
+    if kept * share > size:
         names = ", ".join(node.name for node in closure.frontier)
         why = [obstacles[n] for n in closure.frontier if n in obstacles]
         why = "; ".join(why or [next(iter(obstacles.values()))])
@@ -532,6 +545,10 @@ def _tensor(node: fx.Node) -> torch.Tensor:
 
 def _is_floating(node: fx.Node) -> bool:
     return isinstance(_value(node), torch.Tensor) and _tensor(node).is_floating_point()
+
+
+def _is_loss(value: object) -> bool:
+    return isinstance(value, fx.Node) and _is_floating(value) and _tensor(value).dim() == 0
 
 
 def _is_plain(node: fx.Node) -> bool:

@@ -11,8 +11,8 @@ How it works
   arrives in `__torch_dispatch__`, below autograd, and finds them there. So views, in-place
   operations, hooks, saved tensors and custom autograd functions are PyTorch's own.
 - Where the frontier requires grad, the tensor is the output of an autograd function with the
-  frontier as input. Its backward repeats the closure with gradients on, so a gradient that flows
-  into the output costs one more run of the closure, and nothing of the output's size is saved.
+  frontier as input. Its backward computes the gradients from the frontier (traced once, so that of
+  the closure only what they need is repeated); nothing of the output's size is saved.
 - `detach()` and floating-point casts make another deferred tensor. A detached one shares the
   values, as everywhere in PyTorch; a cast makes its own.
 - The closure runs once, under a lock, with the autocast state of the call that returned the tensor.
@@ -20,7 +20,9 @@ How it works
 - What the closure reads must be as it was at the call. The version counter tells; the address and
   size of the memory, since some frameworks free or swap parameters behind the counter's back; and a
   hook on all optimizers, since a fused step does not count.
-- `torch.compile` sees a traceable wrapper subclass whose one inner tensor is the values.
+- `torch.compile` sees a traceable wrapper subclass. As long as nothing has looked at it, changed it
+  or hooked onto it, its inner tensors are the frontier's (its *parts*), so that a graph compiled by
+  this backend can compute it inside (`passes.open`); afterwards, the values.
 - Methods that read memory without the dispatcher (`numpy`, `tolist`, pickling) go to the values.
 
 Not handled: writes to what the closure reads through `.data`, NumPy or a kernel that PyTorch does
@@ -44,7 +46,14 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily  # no fakes in a trace
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)  # no fakes in a trace
+from torch._subclasses.functional_tensor import FunctionalTensor  # what AOTAutograd traces with
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._mode_utils import no_dispatch  # lets an op change a wrapper's own shape
@@ -53,8 +62,9 @@ from torch.utils._pytree import tree_map_only  # for the arguments of any op
 
 from mstc.errors import DeferredOutputError
 from passes.defer import DeferredOutput
+from passes.open import Opening
 
-__all__ = ["DeferredTensor", "wrap_outputs"]
+__all__ = ["DeferredTensor", "is_written", "opening_of", "plain_example", "wrap_outputs"]
 
 aten = torch.ops.aten
 
@@ -84,6 +94,45 @@ def wrap_outputs(
     made = {spec.indices: _make(spec, outputs, args, num_kept) for spec in deferred}
     kept = iter(outputs)
     return [made[gone[i].indices] if i in gone else next(kept) for i in range(num_outputs)]
+
+
+def opening_of(example: Any, sources: Callable[[str], object]) -> Opening | None:
+    """How a graph can compute an input that a deferred tensor is passed for.
+
+    Args:
+        example: what the graph was traced with.
+        sources: gives Dynamo's source of an attribute of the input.
+
+    Returns:
+        None where it cannot: not a deferred tensor, or one that the graph writes to.
+    """
+    if not (isinstance(example, DeferredTensor) and example.has_parts) or is_written(example):
+        return None
+    recipe = example._cell.recipe
+    assert isinstance(recipe.closure, GraphModule)
+    names, _ = example.__tensor_flatten__()
+    return Opening(
+        closure=recipe.closure,
+        casts=recipe.casts,
+        autocast=recipe.autocast,
+        parts=tuple(s.tensor for s in example._cell.frontier),
+        sources=tuple(map(sources, names)),
+    )
+
+
+def is_written(example: DeferredTensor) -> bool:
+    """Whether Dynamo saw a write to a deferred tensor, or to a view of it, in its trace."""
+    made = example._cell.made
+    return example._version > 0 or (made is not None and made._version > 0)
+
+
+def plain_example(example: DeferredTensor) -> torch.Tensor:
+    """A fake tensor like `example`, but no deferred one: what `materialize` will give."""
+    with torch.enable_grad():
+        values = torch.empty_strided(
+            example.shape, example.stride(), dtype=example.dtype, device=example.device
+        )
+        return aten.alias.default(values.requires_grad_()) if example.requires_grad else values
 
 
 def _make(
@@ -121,6 +170,14 @@ class _Recipe:
     autocast: tuple[tuple[str, bool, torch.dtype], ...]  # device type, whether on, dtype
     casts: tuple[torch.dtype, ...]  # applied to what the closure returns, in order
     source: str  # "file:line  code" of the user who makes the output
+
+    @property
+    def is_traceable(self) -> bool:
+        """Whether it can be traced on fake tensors: no value is read while it runs."""
+        closure = self.closure
+        return isinstance(closure, GraphModule) and not any(
+            node.op == "call_method" and node.target == "item" for node in closure.graph.nodes
+        )
 
     def run(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """The values, in the caller's grad mode."""
@@ -177,6 +234,9 @@ def _stamp(tensor: torch.Tensor) -> tuple[int | None, ...]:
 class _Cell:
     """The values of a deferred tensor, once they are made; detached tensors share it."""
 
+    traced = False
+    """Whether it was made from parts: they stay its inner tensors while the trace goes on."""
+
     def __init__(self, recipe: _Recipe, frontier: Sequence[_Stamped], dtype: torch.dtype):
         self.recipe = recipe
         self.frontier = frontier
@@ -200,20 +260,64 @@ class _Cell:
         """The values, outside autograd. Raises `DeferredOutputError` if they cannot be made."""
         with self.lock:
             if self.made is None:
-                for stamped in self.frontier:
-                    if stamped is self.changed or _stamp(stamped.tensor) != stamped.stamp:
-                        raise DeferredOutputError(_explain(stamped, self.recipe.source))
+                self.check()
                 with unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad():
                     self.made = self.recipe.run([stamped.tensor for stamped in self.frontier])
                 assert self.made.dtype == self.dtype, "a closure's dtype differs from its output's"
-                self.frontier = ()
+                if not self.traced:
+                    self.frontier = ()
         return self.made
+
+    def check(self) -> None:
+        """Raise `DeferredOutputError` if the frontier is no longer what it was."""
+        for stamped in () if self.traced else self.frontier:
+            if stamped is self.changed or _stamp(stamped.tensor) != stamped.stamp:
+                raise DeferredOutputError(_explain(stamped, self.recipe.source))
 
     def cast(self, dtype: torch.dtype) -> _Cell:
         """A cell for the values in another dtype, made from the frontier again."""
         cell = _Cell(replace(self.recipe, casts=(*self.recipe.casts, dtype)), self.frontier, dtype)
         cell.changed = self.changed
         return cell
+
+
+_MOST_PARTS = 8
+
+
+def _is_written(values: torch.Tensor | None) -> bool:
+    """Whether AOTAutograd saw a write to values that were made in its trace."""
+    if not isinstance(values, FunctionalTensor):
+        return False
+    return torch._functionalize_has_data_mutation(values.elem)  # type: ignore[attr-defined]
+
+
+def _part_name(index: int) -> str:
+    return f"_part{index}"
+
+
+@dataclass(frozen=True, eq=False)
+class _Context:
+    """What a traced deferred tensor is, beside its parts; graphs are compiled for one."""
+
+    recipe: _Recipe
+    dtype: torch.dtype
+    device: torch.device
+    storage_offset: Any
+    wanted: tuple[bool, ...]  # which parts get a gradient
+
+    def _key(self) -> tuple[Any, ...]:
+        recipe = self.recipe
+        text = str(getattr(recipe.closure, "code", id(recipe.closure)))
+        return (text, recipe.autocast, recipe.casts, self.dtype, self.device, self.wanted)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Context) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Context:
+        return self  # nothing in it changes
 
 
 _NO_RECIPE = _Recipe(lambda: torch.empty(0), (), (), (), "")
@@ -359,13 +463,59 @@ class DeferredTensor(torch.Tensor):
 
     # What torch.compile needs of a wrapper subclass.
 
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["_made"], None
+    @property
+    def has_parts(self) -> bool:
+        """Whether it may be computed elsewhere, from `parts`: if nobody has looked at the values,
+        written to them, or asked for their gradient."""
+        cell = self._cell
+        if cell.traced:
+            return True
+        return (
+            cell.made is None
+            and 0 < len(cell.frontier) <= _MOST_PARTS
+            and all(number is None for number in cell.recipe.numbers)
+            and cell.recipe.is_traceable
+            and self._version == 0
+            and not self._backward_hooks
+            and not self.retains_grad
+            and (not self.requires_grad or getattr(self.grad_fn, "recipe", None) is cell.recipe)
+        )
+
+    def parts(self) -> list[torch.Tensor]:
+        """The tensors that the values are computed from, with their place in autograd.
+
+        Raises:
+            DeferredOutputError: they have changed in the meantime.
+        """
+        self._cell.check()
+        tensors = [stamped.tensor for stamped in self._cell.frontier]
+        return tensors if self.requires_grad else [t.detach() for t in tensors]
+
+    def __tensor_flatten__(self) -> tuple[list[str], _Context | None]:
+        if not self.has_parts:
+            return ["_made"], None
+        cell = self._cell
+        if cell.traced and _is_written(cell.made):
+            raise DeferredOutputError(
+                f"The output made at {cell.recipe.source} was deferred, and a function that another"
+                " backend compiles changes it in place. Pass it a copy (logits.clone()), or compile"
+                " the model with options={'defer_outputs': False}."
+            )
+        wanted = tuple(s.tensor.requires_grad and self.requires_grad for s in cell.frontier)
+        names = [_part_name(i) for i in range(len(cell.frontier))]
+        return names, _Context(cell.recipe, cell.dtype, self.device, self.storage_offset(), wanted)
 
     @staticmethod
     def __tensor_unflatten__(
-        inner: dict[str, torch.Tensor], context: None, size: Any, stride: Any
+        inner: dict[str, torch.Tensor], context: _Context | None, size: Any, stride: Any
     ) -> DeferredTensor:
+        if context is not None:
+            parts = [inner[_part_name(i)] for i in range(len(inner))]
+            frontier = [_Stamped(part, "", ()) for part in parts]
+            cell = _Cell(context.recipe, frontier, context.dtype)
+            cell.traced = True
+            geometry = size, stride, context.storage_offset
+            return DeferredTensor(cell, geometry, context.dtype, context.device)
         values = inner["_made"]
         geometry = size, stride, values.storage_offset()
         return DeferredTensor(_Cell.of(values), geometry, values.dtype, values.device)
@@ -407,11 +557,61 @@ def _on_values(name: str) -> Callable[..., Any]:
     return method
 
 
+def _part(index: int) -> property:
+    return property(lambda self: self.parts()[index])
+
+
+for _index in range(_MOST_PARTS):
+    setattr(DeferredTensor, _part_name(_index), _part(_index))
+
 for _name in (
     *("numpy", "tolist", "data_ptr", "share_memory_", "is_shared", "apply_", "map_", "map2_"),
     *("__reduce_ex__", "__dlpack__"),
 ):
     setattr(DeferredTensor, _name, _on_values(_name))
+
+
+_TRACED: weakref.WeakKeyDictionary[Any, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
+"""Per closure: its gradients as a graph, for the shapes that came."""
+_MOST_TRACED = 16  # per closure; beyond, shapes vary too much for a trace of each
+
+
+def gradient_graph(
+    recipe: _Recipe, tensors: Sequence[torch.Tensor], wanted: Sequence[bool], grad: torch.Tensor
+) -> Callable[..., Any] | None:
+    """``graph(grad, *tensors)`` gives the gradients wanted; None where it cannot be traced.
+
+    A linear layer's gradients do not need its output: the graph does not compute it.
+    """
+    plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (grad, *tensors))
+    if not (plain and recipe.is_traceable):
+        return None
+    graphs = _TRACED.setdefault(recipe.closure, {})
+    metas = tuple((t.shape, t.stride(), t.dtype, t.device) for t in (grad, *tensors))
+    key = (recipe.numbers, recipe.autocast, recipe.casts, tuple(wanted), metas)
+    if key not in graphs:
+        if len(graphs) >= _MOST_TRACED:
+            return None
+        graphs[key] = _trace_gradients(recipe, tensors, wanted, grad)
+    return graphs[key]
+
+
+def _trace_gradients(
+    recipe: _Recipe, tensors: Sequence[torch.Tensor], wanted: Sequence[bool], grad: torch.Tensor
+) -> Callable[..., Any]:
+    def gradients(grad: torch.Tensor, *given: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_(w) for t, w in zip(given, wanted, strict=True)]
+            output = recipe.run(leaves)
+        inputs = [t for t, w in zip(leaves, wanted, strict=True) if w]
+        return torch.autograd.grad(output, inputs, grad, allow_unused=True)
+
+    mode = FakeTensorMode()
+    fakes = [mode.from_tensor(t.detach(), static_shapes=True) for t in (grad, *tensors)]
+    graph = make_fx(gradients)(*fakes)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
 
 
 class _Attach(torch.autograd.Function):
@@ -439,6 +639,10 @@ class _Attach(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         tensors = list(ctx.saved_tensors)
         create_graph = torch.is_grad_enabled()  # of a gradient that will be differentiated itself
+        traced = None if create_graph else gradient_graph(ctx.recipe, tensors, wanted, grad)
+        if traced is not None:
+            made = iter(traced(grad, *tensors))
+            return (None,) * 4 + tuple(next(made) if w else None for w in wanted)
         with torch.enable_grad():
             if create_graph:  # aliases: what one tensor owes to another must not count twice
                 tensors = [t.view_as(t) for t in tensors]

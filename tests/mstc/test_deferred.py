@@ -526,7 +526,7 @@ def test_passed_to_another_compiled_function(inner: str, dynamic: bool) -> None:
             results.append(other)
         torch.testing.assert_close(results[1], results[0])
         assert_same_gradients(model, twin)
-    assert counter.frame_count == 1
+    assert counter.frame_count == 2  # from the parts; from values that somebody has written to
 
 
 def test_compiled_functions_that_write_detach_or_run_without_grad() -> None:
@@ -538,6 +538,8 @@ def test_compiled_functions_that_write_detach_or_run_without_grad() -> None:
     for inner in ("eager", "aot_eager"):
         for use in (write, lambda t: write(t.detach()), lambda t: t.double().detach() * 2):
             expected, got = pair()
+            if inner == "aot_eager":
+                got[2].sum()  # looked at: then its values are what is passed
             plain = use(expected[2])
             ours = torch.compile(use, backend=inner, fullgraph=True)(got[2])
             torch.testing.assert_close(ours, plain)
