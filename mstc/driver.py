@@ -181,7 +181,7 @@ class _Opened:
         flat: list[Any] = []
         for index, arg in enumerate(args):
             if index in self.parts:
-                flat += arg.parts()
+                flat += arg.pass_on()
             else:
                 flat.append(arg.materialize() if index in self.values else arg)
         return flat
@@ -192,9 +192,11 @@ def _open(gm: GraphModule, example_inputs: Sequence[Any], report: Report) -> _Op
     openings: dict[int, Opening] = {}
     inputs: list[Any] = []
     plain: dict[int, torch.Tensor] = {}
+    returned = gm.graph.output_node().all_input_nodes
+    results = [n.meta.get("example_value") for n in returned]
     for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
         example = node.meta.get("example_value")
-        opening = opening_of(example, attribute_source(node))
+        opening = opening_of(example, attribute_source(node), results)
         if opening is not None:
             openings[index] = opening
             inputs += opening.parts

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mstc
+from mstc import history
 from mstc.history import reports
 from mstc.runtime import loop
 
@@ -41,6 +42,7 @@ NON_LEAF = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor th
 def fresh_compiler() -> Iterator[None]:
     """Every test compiles anew: a test file that imports this uses it."""
     torch._dynamo.reset()
+    history._REPORTS.clear()  # bounded: a full one has no place that is `len` reports away
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()

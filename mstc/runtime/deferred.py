@@ -27,7 +27,10 @@ How it works
 
 Not handled: writes to what the closure reads through `.data`, NumPy or a kernel that PyTorch does
 not know (autograd cannot see them either). PyTorch raises an error where C++ code asks for the
-address, and for unbound calls like `torch.Tensor.numpy(t)`: pass `t.materialize()`.
+address, and for unbound calls like `torch.Tensor.numpy(t)`: pass `t.materialize()`. Where a loss
+was computed in another compiled graph from the parts, the logits are not in its autograd graph:
+hooks on `logits.grad_fn` do not run (those on the tensor do), `torch.autograd.grad(loss, logits)`
+says that they were not used, and `loss.backward(inputs=[logits])` leaves no gradient.
 `untyped_storage()` has the right size and no memory: `torch.compile` asks for it while tracing.
 Tensors made in `torch.inference_mode` have no version: when the closure reads one that the caller
 can write to, the output is computed at once.
@@ -96,17 +99,23 @@ def wrap_outputs(
     return [made[gone[i].indices] if i in gone else next(kept) for i in range(num_outputs)]
 
 
-def opening_of(example: Any, sources: Callable[[str], object]) -> Opening | None:
+def opening_of(
+    example: Any, sources: Callable[[str], object], results: Sequence[Any]
+) -> Opening | None:
     """How a graph can compute an input that a deferred tensor is passed for.
 
     Args:
         example: what the graph was traced with.
         sources: gives Dynamo's source of an attribute of the input.
+        results: what the trace returned.
 
     Returns:
-        None where it cannot: not a deferred tensor, or one that the graph writes to.
+        None where it cannot: not a deferred tensor, or one that the graph writes to or returns a
+        view of.
     """
-    if not (isinstance(example, DeferredTensor) and example.has_parts) or is_written(example):
+    if not (isinstance(example, DeferredTensor) and example.has_parts):
+        return None
+    if is_written(example) or any(_is_alias(example, value) for value in results):
         return None
     recipe = example._cell.recipe
     assert isinstance(recipe.closure, GraphModule)
@@ -115,7 +124,7 @@ def opening_of(example: Any, sources: Callable[[str], object]) -> Opening | None
         closure=recipe.closure,
         casts=recipe.casts,
         autocast=recipe.autocast,
-        parts=tuple(s.tensor for s in example._cell.frontier),
+        parts=tuple(s.part for s in example._cell.frontier),
         sources=tuple(map(sources, names)),
     )
 
@@ -124,6 +133,16 @@ def is_written(example: DeferredTensor) -> bool:
     """Whether Dynamo saw a write to a deferred tensor, or to a view of it, in its trace."""
     made = example._cell.made
     return example._version > 0 or (made is not None and made._version > 0)
+
+
+def _is_alias(example: DeferredTensor, value: object) -> bool:
+    """Whether a result of the trace shares memory with a deferred input, or with its values."""
+    if isinstance(value, DeferredTensor):
+        return value._cell is example._cell
+    made = example._cell.made
+    if made is None or not isinstance(value, torch.Tensor):
+        return False
+    return value.untyped_storage()._cdata == made.untyped_storage()._cdata
 
 
 def plain_example(example: DeferredTensor) -> torch.Tensor:
@@ -146,7 +165,7 @@ def _make(
         is_tensor = isinstance(value, torch.Tensor)
         numbers.append(None if is_tensor else value)
         if is_tensor:
-            frontier.append(_Stamped(value, source.name, _stamp(value)))
+            frontier.append(_stamped(value, source.name))
             is_ours = source.kind == "output" and source.index >= num_kept
             must_compute |= value.is_inference() and not is_ours
     autocast = _read_autocast(spec.device.type)
@@ -221,6 +240,27 @@ class _Stamped:
     tensor: torch.Tensor
     name: str  # for people
     stamp: tuple[int | None, ...]  # at the time of the call
+    part: torch.Tensor  # an alias with the tensor's place in autograd, as it was at the call
+    detached: torch.Tensor  # an alias without
+
+
+def _stamped(tensor: torch.Tensor, name: str) -> _Stamped:
+    """Aliases are made once: `torch.compile` tells tensors apart by identity, and a caller may pass
+    the tensor itself to the same graph."""
+    part = _Alias.apply(tensor) if tensor.requires_grad else tensor.detach()
+    return _Stamped(tensor, name, _stamp(tensor), part, tensor.detach())
+
+
+class _Alias(torch.autograd.Function):
+    """The same values and gradient, in a tensor that is no view."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0]
 
 
 def _stamp(tensor: torch.Tensor) -> tuple[int | None, ...]:
@@ -236,6 +276,8 @@ class _Cell:
 
     traced = False
     """Whether it was made from parts: they stay its inner tensors while the trace goes on."""
+    passed_on = False
+    """Whether a graph has computed it inside, so that gradients pass it by."""
 
     def __init__(self, recipe: _Recipe, frontier: Sequence[_Stamped], dtype: torch.dtype):
         self.recipe = recipe
@@ -277,7 +319,7 @@ class _Cell:
     def cast(self, dtype: torch.dtype) -> _Cell:
         """A cell for the values in another dtype, made from the frontier again."""
         cell = _Cell(replace(self.recipe, casts=(*self.recipe.casts, dtype)), self.frontier, dtype)
-        cell.changed = self.changed
+        cell.changed, cell.traced = self.changed, self.traced
         return cell
 
 
@@ -488,8 +530,33 @@ class DeferredTensor(torch.Tensor):
             DeferredOutputError: they have changed in the meantime.
         """
         self._cell.check()
-        tensors = [stamped.tensor for stamped in self._cell.frontier]
-        return tensors if self.requires_grad else [t.detach() for t in tensors]
+        return [s.part if self.requires_grad else s.detached for s in self._cell.frontier]
+
+    def pass_on(self) -> list[torch.Tensor]:
+        """The parts, for a graph that computes the values inside.
+
+        Raises:
+            DeferredOutputError: as `parts`.
+        """
+        tensors = self.parts()
+        self._cell.passed_on |= self.requires_grad and torch.is_grad_enabled()
+        return tensors
+
+    def register_hook(self, hook: Callable[[torch.Tensor], object]) -> Any:
+        self._check_not_passed_on("register_hook")
+        return super().register_hook(hook)
+
+    def retain_grad(self) -> None:
+        self._check_not_passed_on("retain_grad")
+        super().retain_grad()
+
+    def _check_not_passed_on(self, what: str) -> None:
+        if self._cell.passed_on and self.requires_grad:
+            raise DeferredOutputError(
+                f"{what}: the output made at {self._cell.recipe.source} was computed inside the"
+                " compiled function that it was passed to, so no gradient comes by here. Call"
+                f" {what} before that function, or compile with options={{'defer_outputs': False}}."
+            )
 
     def __tensor_flatten__(self) -> tuple[list[str], _Context | None]:
         if not self.has_parts:
@@ -501,7 +568,7 @@ class DeferredTensor(torch.Tensor):
                 " backend compiles changes it in place. Pass it a copy (logits.clone()), or compile"
                 " the model with options={'defer_outputs': False}."
             )
-        wanted = tuple(s.tensor.requires_grad and self.requires_grad for s in cell.frontier)
+        wanted = tuple(s.part.requires_grad and self.requires_grad for s in cell.frontier)
         names = [_part_name(i) for i in range(len(cell.frontier))]
         return names, _Context(cell.recipe, cell.dtype, self.device, self.storage_offset(), wanted)
 
@@ -511,7 +578,7 @@ class DeferredTensor(torch.Tensor):
     ) -> DeferredTensor:
         if context is not None:
             parts = [inner[_part_name(i)] for i in range(len(inner))]
-            frontier = [_Stamped(part, "", ()) for part in parts]
+            frontier = [_Stamped(part, "", (), part, part) for part in parts]
             cell = _Cell(context.recipe, frontier, context.dtype)
             cell.traced = True
             geometry = size, stride, context.storage_offset

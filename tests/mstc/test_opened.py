@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import mstc
 from mstc import history
+from mstc.errors import DeferredOutputError
 from mstc.runtime.deferred import DeferredTensor
 from mstc.runtime.memory import measure_step
 from tests.models import (
@@ -73,6 +74,10 @@ def z_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits, labels) + 1e-3 * logits.float().logsumexp(-1).square().mean()
 
 
+def cast_first(logits: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+
+
 LOSSES = [cross_entropy, smoothed, log_probabilities, z_loss]
 
 
@@ -118,7 +123,7 @@ def test_no_further_from_float64(dtype: torch.dtype) -> None:
     assert_not_worse(ours, theirs, truth, slack=2.5e-7 if dtype == torch.float32 else 2e-3)
 
 
-@pytest.mark.parametrize("loss", [cross_entropy, z_loss])
+@pytest.mark.parametrize("loss", [cross_entropy, z_loss, cast_first])
 def test_under_autocast(loss: Callable[..., Tensor]) -> None:
     """The head runs in bfloat16 as it did, though the loss is outside."""
     model, batch = Head(), lm_batch(2, 37)
@@ -210,6 +215,108 @@ def test_gpt2() -> None:
     )
 
 
+def test_weights_and_hidden_states_in_the_loss_too() -> None:
+    """What the logits are made from, passed beside them: each gradient arrives once."""
+    model, (ids, labels) = Head().double(), lm_batch(2, 37)
+
+    def penalized(logits: Tensor, labels: Tensor, *others: Tensor) -> Tensor:
+        return cross_entropy(logits, labels) + sum(t.square().sum() for t in others)
+
+    def step(model_: Any, loss: Any, first: bool) -> Callable[..., Tensor]:
+        def call(ids: Tensor, labels: Tensor) -> Tensor:
+            logits = model_(ids)
+            weights = [model.head.weight, model.head.bias, model.embed.weight]
+            return loss(*weights, logits, labels) if first else loss(logits, labels, *weights)
+
+        return call
+
+    def weights_first(a: Tensor, b: Tensor, c: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        return penalized(logits, labels, a, b, c)
+
+    for loss, first in ((penalized, False), (weights_first, True)):
+        eager = train(model, step(model, loss, first), (ids, labels))
+        for backend in ("mst", "aot_eager"):
+            torch._dynamo.reset()
+            other = compile_mst(loss) if backend == "mst" else torch.compile(loss, backend=backend)
+            ours = train(model, step(compile_mst(model), other, first), (ids, labels))
+            assert_same(ours, eager, tolerance=1e-12)
+            assert backend != "mst" or has_loops([mstc.last_report()])
+
+
+def test_a_penalty_on_the_weights_after_a_graph_break() -> None:
+    model, batch = Head().double(), lm_batch(2, 37)
+
+    def call(ids: Tensor, labels: Tensor) -> Tensor:
+        logits = model(ids)
+        torch._dynamo.graph_break()
+        return cross_entropy(logits, labels) + sum(p.square().sum() for p in model.parameters())
+
+    eager = train(model, call, batch)
+    assert_same(train(model, compile_mst(call), batch), eager, tolerance=1e-12)
+    assert has_loops([mstc.last_report()])
+
+
+def test_two_models_in_one_loss() -> None:
+    """Distillation, from a teacher that is detached; and both detached."""
+    student, teacher, batch = Head().double(), Head().double(), lm_batch(2, 37)
+
+    def distill(logits: Tensor, target: Tensor, labels: Tensor) -> Tensor:
+        log_p = logits.log_softmax(-1)
+        return cross_entropy(logits, labels) + F.kl_div(
+            log_p, target.log_softmax(-1), reduction="sum", log_target=True
+        )
+
+    def step(one: Any, two: Any, loss: Any) -> Callable[..., Tensor]:
+        def call(ids: Tensor, labels: Tensor) -> Tensor:
+            return loss(one(ids), two(ids).detach(), labels)
+
+        return call
+
+    eager = train(student, step(student, teacher, distill), batch)
+    one, two, loss = compile_mst(student), compile_mst(teacher), compile_mst(distill)
+    for _ in range(2):
+        assert_same(train(student, step(one, two, loss), batch), eager, tolerance=1e-12)
+    ids, labels = batch
+    torch.testing.assert_close(
+        loss(one(ids).detach(), two(ids).detach(), labels),
+        distill(student(ids), teacher(ids), labels).detach(),
+    )
+
+
+def test_a_weight_that_is_thawed_in_between() -> None:
+    """What was frozen when the logits were made gets no gradient, as in eager."""
+    model, (ids, labels) = Head().double(), lm_batch(2, 37)
+    compiled, loss = compile_mst(model), compile_mst(cross_entropy)
+    gradients: list[dict[str, Tensor | None]] = []
+    for model_, loss_ in ((model, cross_entropy), (compiled, loss)):
+        model.zero_grad()
+        model.head.weight.requires_grad_(False)
+        logits = model_(ids)
+        model.head.weight.requires_grad_(True)
+        loss_(logits, labels).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    assert gradients[1]["head.weight"] is None
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("view", [lambda t: t.flatten(0, 1), lambda t: t.detach()])
+def test_a_loss_that_returns_a_view_of_the_logits(view: Callable[[Tensor], Tensor]) -> None:
+    """A write to one is seen in the other."""
+    model, (ids, labels) = Head().double(), lm_batch(2, 37)
+
+    def both(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return cross_entropy(logits, labels), view(logits)
+
+    seen: list[Tensor] = []
+    for model_, loss in ((model, both), (compile_mst(model), compile_mst(both))):
+        logits = model_(ids)
+        _, viewed = loss(logits, labels)
+        with torch.no_grad():
+            viewed.mul_(2)
+        seen.append(logits.detach() * 1)
+    torch.testing.assert_close(seen[1], seen[0])
+
+
 def test_lengths_that_vary() -> None:
     model = Head().double()
     call = together(compile_mst(model), compile_mst(cross_entropy))
@@ -275,6 +382,18 @@ def test_what_somebody_is_interested_in_is_made(what: str) -> None:
         ours, got = step(compiled, loss)
         assert_same(ours, eager, tolerance=1e-12)
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("what", ["register_hook", "retain_grad"])
+def test_interest_that_comes_too_late(what: str) -> None:
+    """The gradient does not come by any more: an error instead of a hook that never runs."""
+    model, (ids, labels) = Head(), lm_batch(2, 37)
+    logits = compile_mst(model)(ids)
+    loss = compile_mst(cross_entropy)(logits, labels)
+    with pytest.raises(DeferredOutputError, match=f"Call {what} before that function"):
+        logits.register_hook(print) if what == "register_hook" else logits.retain_grad()
+    with pytest.raises(RuntimeError, match="not have been used in the graph"):
+        torch.autograd.grad(loss, logits)
 
 
 def test_without_gradients() -> None:
