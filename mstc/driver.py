@@ -157,13 +157,6 @@ def _deferred(gm: GraphModule, options: Options, report: Report) -> DeferResult 
         )
     if not result.deferred:
         return None
-    for old, new in zip(
-        gm.graph.find_nodes(op="placeholder"),
-        result.graph_module.graph.find_nodes(op="placeholder"),
-        strict=True,
-    ):
-        if hasattr(old, "_dynamo_source"):  # AOTAutograd reads from it which inputs are parameters
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
     return result
 
 
@@ -207,7 +200,16 @@ def _open(gm: GraphModule, example_inputs: Sequence[Any], report: Report) -> _Op
             with mode:
                 plain[index] = plain_example(example)
             inputs.append(plain[index])
+            report.notes.append(
+                f"input {index} is a deferred output, but the graph writes to it or returns a view "
+                "of it: it is computed before. Pass a copy (logits.clone()), or return no view"
+            )
         else:
+            if isinstance(example, DeferredTensor):
+                report.notes.append(
+                    f"input {index} was a deferred output, but it has been looked at, written to "
+                    "or hooked onto: its values are there already. Call the function before that"
+                )
             inputs.append(example_inputs[index])
     if not openings and not plain:
         return _Opened(gm, list(example_inputs), frozenset(), frozenset())

@@ -199,6 +199,11 @@ class CompiledBody:
         self._guards = guards
         self._symbols = symbols
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it may accept other sizes than those that it was compiled with."""
+        return bool(self._dynamic)
+
     def accepts(self, sizes: Sequence[int]) -> bool:
         """Whether what was assumed while compiling holds for these sizes."""
         for i, (own, size) in enumerate(zip(self._sizes, sizes, strict=True)):

@@ -55,7 +55,7 @@ from torch.fx.node import map_aggregate, map_arg
 from passes.records import Refusal
 from passes.source import hint, op_name, source_of
 
-__all__ = ["DeferResult", "DeferredOutput", "Source", "defer_outputs"]
+__all__ = ["DeferResult", "DeferredOutput", "Source", "copy_extras", "defer_outputs"]
 
 FRONTIER_SHARE = 4
 """A frontier's intermediates may have at most one part in this many of the output's bytes."""
@@ -516,15 +516,15 @@ def _with_outputs(gm: fx.GraphModule, outputs: list[Any]) -> fx.GraphModule:
             new[node].meta = dict(node.meta)
         else:
             new[node] = graph.node_copy(node, new.__getitem__)
-        _copy_extras(node, new[node])
+        copy_extras(node, new[node])
     graph.lint()
     copy = fx.GraphModule(gm, graph)
     copy.meta = dict(gm.meta)
-    _copy_extras(gm, copy)
+    copy_extras(gm, copy)
     return copy
 
 
-def _copy_extras(old: object, new: object) -> None:
+def copy_extras(old: object, new: object) -> None:
     """What Dynamo leaves on graph modules and nodes for AOTAutograd, such as `_dynamo_source`."""
     for key, value in vars(old).items():
         vars(new).setdefault(key, value)

@@ -29,6 +29,8 @@ from torch.amp.autocast_mode import (
 )
 from torch.fx.node import map_arg
 
+from passes.defer import copy_extras
+
 __all__ = ["Opening", "open_inputs"]
 
 
@@ -82,8 +84,7 @@ def open_inputs(
     graph.lint()
     copy = fx.GraphModule(gm, graph)
     copy.meta = dict(gm.meta)
-    for key, value in vars(gm).items():
-        vars(copy).setdefault(key, value)
+    copy_extras(gm, copy)
     return copy
 
 
@@ -93,8 +94,7 @@ def _copy(graph: fx.Graph, node: fx.Node, new: dict[fx.Node, fx.Node]) -> fx.Nod
     else:
         copy = graph.node_copy(node, new.__getitem__)
     copy.meta = dict(node.meta)
-    for key, value in vars(node).items():  # what Dynamo leaves there for AOTAutograd
-        vars(copy).setdefault(key, value)
+    copy_extras(node, copy)
     return copy
 
 

@@ -39,6 +39,7 @@ can write to, the output is computed at once.
 from __future__ import annotations
 
 import functools
+import logging
 import re
 import threading
 import weakref
@@ -67,8 +68,9 @@ from mstc.errors import DeferredOutputError
 from passes.defer import DeferredOutput
 from passes.open import Opening
 
-__all__ = ["DeferredTensor", "is_written", "opening_of", "plain_example", "wrap_outputs"]
+__all__ = ["DeferredTensor", "opening_of", "plain_example", "wrap_outputs"]
 
+log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 Geometry = tuple[Sequence[Any], Sequence[Any], Any]
@@ -115,7 +117,7 @@ def opening_of(
     """
     if not (isinstance(example, DeferredTensor) and example.has_parts):
         return None
-    if is_written(example) or any(_is_alias(example, value) for value in results):
+    if _was_written(example) or any(_is_alias(example, value) for value in results):
         return None
     recipe = example._cell.recipe
     assert isinstance(recipe.closure, GraphModule)
@@ -129,7 +131,7 @@ def opening_of(
     )
 
 
-def is_written(example: DeferredTensor) -> bool:
+def _was_written(example: DeferredTensor) -> bool:
     """Whether Dynamo saw a write to a deferred tensor, or to a view of it, in its trace."""
     made = example._cell.made
     return example._version > 0 or (made is not None and made._version > 0)
@@ -638,8 +640,10 @@ for _name in (
     setattr(DeferredTensor, _name, _on_values(_name))
 
 
-_TRACED: weakref.WeakKeyDictionary[Any, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
-"""Per closure: its gradients as a graph, for the shapes that came."""
+_TRACED: weakref.WeakKeyDictionary[Any, dict[Any, Callable[..., Any] | None]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Per closure: its gradients as a graph, for the shapes that came; None where the trace failed."""
 _MOST_TRACED = 16  # per closure; beyond, shapes vary too much for a trace of each
 
 
@@ -659,7 +663,11 @@ def gradient_graph(
     if key not in graphs:
         if len(graphs) >= _MOST_TRACED:
             return None
-        graphs[key] = _trace_gradients(recipe, tensors, wanted, grad)
+        try:
+            graphs[key] = _trace_gradients(recipe, tensors, wanted, grad)
+        except Exception:  # running the closure again gives the same gradients, only slower
+            log.debug("the gradients of a deferred output cannot be traced", exc_info=True)
+            graphs[key] = None
     return graphs[key]
 
 

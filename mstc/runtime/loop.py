@@ -170,7 +170,11 @@ class Program:
     # -- compiling
 
     def prepare(
-        self, inputs: Sequence[torch.Tensor], sizes: Sequence[int], chunk: int
+        self,
+        inputs: Sequence[torch.Tensor],
+        sizes: Sequence[int],
+        chunk: int,
+        started: set[tuple[Any, ...]],
     ) -> list[Callable[[], None]]:
         """Compile for a call that is to come.
 
@@ -178,30 +182,43 @@ class Program:
             inputs: fake tensors. Should the real ones have other strides, the body is compiled
                 once more, on first use.
             sizes, chunk: as for `run`.
+            started: what this round has begun to compile, for equal layers; added to.
 
         Returns:
             What is left to do, once other bodies have been prepared as well: calls that wait until
-            kernels are built.
+            kernels are built. Only then another thread may find the body.
         """
         waits: list[Callable[[], None]] = []
         for start, size in _chunks(sizes[0], chunk):
             tensors = self._slices(inputs, sizes, start, size)
             key = (size, *sizes[1:]), _form(tensors)
-            if key in self.compiled:
+            if key in self.compiled or (id(self), key) in started:
                 continue
+            started.add((id(self), key))
             pending = PendingKernels()
             on_cpu = all(t.device.type == "cpu" for t in tensors)
             with pending.collected() if on_cpu else nullcontext():
-                self.compiled[key] = self._compile(*key, tensors)
-            waits.append(functools.partial(self._wait, key, pending))
+                body = self._compile(*key, tensors)
+            waits.append(functools.partial(self._finish, key, body, pending))
         return waits
 
-    def _wait(self, key: tuple[Any, ...], pending: PendingKernels) -> None:
+    def _finish(
+        self, key: tuple[Any, ...], body: Callable[..., Any], pending: PendingKernels
+    ) -> None:
         try:
             pending.wait()
         except Exception as error:  # the C++ compiler's, say
             self._give_up(error)
-            self.compiled[key] = self._eagerly
+            body = self._eagerly
+        self._keep(key, body)
+
+    def _keep(self, key: tuple[Any, ...], body: Callable[..., Any]) -> None:
+        """Let calls find a body that can run: those of this key, and those that it accepts."""
+        self.compiled[key] = body
+        if isinstance(body, CompiledBody) and body.is_open:
+            bodies = self.open_bodies.setdefault(key[1], [])
+            if body not in bodies:
+                bodies.append(body)
 
     def function(
         self, sizes: tuple[int, ...], tensors: list[torch.Tensor]
@@ -210,7 +227,8 @@ class Program:
         key = sizes, _form(tensors)
         found = self.compiled.get(key)
         if found is None:
-            found = self.compiled[key] = self._compile(*key, tensors)
+            found = self._compile(*key, tensors)
+            self._keep(key, found)
         return found
 
     def _eagerly(self, sizes: Sequence[int], tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -223,8 +241,7 @@ class Program:
             return self._eagerly
         first, varied = self.seen.setdefault(form, (sizes, set()))
         varied |= {i for i, (a, b) in enumerate(zip(first, sizes, strict=True)) if a != b}
-        bodies = self.open_bodies.setdefault(form, [])
-        for body in bodies:
+        for body in self.open_bodies.get(form, ()):
             if body.accepts(sizes):
                 return body
         dynamic = [i for i in sorted(varied) if sizes[i] > 1]
@@ -244,8 +261,6 @@ class Program:
             self._give_up(error)
             return self._eagerly
         counters.bodies_compiled += 1
-        if dynamic:
-            bodies.append(body)
         return body
 
     def _give_up(self, error: Exception) -> None:
@@ -292,11 +307,12 @@ def prepare_bodies(calls: Sequence[Call]) -> None:
     What fails here for any other reason than Inductor is left to be compiled on first use.
     """
     waits: list[Callable[[], None]] = []
+    started: set[tuple[Any, ...]] = set()
     try:
         for call in calls:
             program = program_of(call.spec, call.lowering)
             with call.inputs[0].fake_mode:  # type: ignore[attr-defined]
-                waits += program.prepare(call.inputs, call.sizes, call.chunk)
+                waits += program.prepare(call.inputs, call.sizes, call.chunk, started)
     except Exception:
         log.debug("bodies are compiled on first use", exc_info=True)
     finally:

@@ -274,6 +274,19 @@ def test_what_was_prepared_serves_every_chunk(compiles: list[Any]) -> None:
     assert len(compiles) == 2
 
 
+def test_nobody_finds_a_body_whose_kernels_are_being_built(compiles: list[Any]) -> None:
+    """Another thread with the same body would run it."""
+    call = _call_of(torch.randn(11, 3), torch.randn(3), 4)
+    program = loop.program_of(call.spec, call.lowering)
+    waits = program.prepare(call.inputs, call.sizes, call.chunk, set())
+    assert len(waits) == len(compiles) == 2
+    assert not program.compiled
+    assert not any(program.open_bodies.values())
+    for wait in waits:
+        wait()
+    assert len(program.compiled) == 2
+
+
 def test_other_strides_than_prepared_for(compiles: list[Any]) -> None:
     """The real tensor decides: compiled once more, and right."""
     x, w = torch.randn(8, 6), torch.randn(6)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import mstc
 from mstc import history
 from mstc.errors import DeferredOutputError
+from mstc.runtime import deferred
 from mstc.runtime.deferred import DeferredTensor
 from mstc.runtime.memory import measure_step
 from tests.models import (
@@ -382,6 +383,8 @@ def test_what_somebody_is_interested_in_is_made(what: str) -> None:
         ours, got = step(compiled, loss)
         assert_same(ours, eager, tolerance=1e-12)
         torch.testing.assert_close(got, expected)
+    notes = mstc.last_report().notes
+    assert what == "view" or any("has been looked at, written to" in n for n in notes)
 
 
 @pytest.mark.parametrize("what", ["register_hook", "retain_grad"])
@@ -441,6 +444,7 @@ def test_a_loss_that_writes_to_the_logits(loss: Callable[..., Tensor]) -> None:
     call = together(compile_mst(model), compile_mst(loss), seen)
     assert_same(train(model, call, (ids, labels)), eager, tolerance=1e-12)
     torch.testing.assert_close(seen[0] * 1, expected[0])
+    assert any("the graph writes to it" in note for note in mstc.last_report().notes)
     other = torch.compile(loss, backend="aot_eager")
     with pytest.raises(Exception, match=r"changes it in place. Pass it a copy"):
         other(compile_mst(model)(ids), labels)
@@ -463,6 +467,18 @@ def test_the_loss_in_eager_code() -> None:
         batch = lm_batch(2, length)
         eager = train(model, together(model, z_loss), batch)
         assert_same(train(model, call, batch), eager, tolerance=1e-12)
+
+
+def test_gradients_that_cannot_be_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The closure runs again: the same gradients."""
+
+    def fail(*args: Any) -> None:
+        raise NotImplementedError("no trace today")
+
+    monkeypatch.setattr(deferred, "make_fx", fail)
+    model, batch = Head().double(), lm_batch(2, 37)
+    eager = train(model, together(model, z_loss), batch)
+    assert_same(train(model, together(compile_mst(model), z_loss), batch), eager, tolerance=1e-12)
 
 
 @pytest.mark.parametrize("frozen", ["head.weight", "embed.weight"])
