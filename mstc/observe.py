@@ -14,7 +14,7 @@ from torch._logging import trace_structured  # the log that tlparse reads
 
 from passes.axes import Axes
 from passes.chunk import ChunkedGraph
-from passes.records import Plan, Refusal, Region
+from passes.records import Plan, Refusal, Region, Rewrite
 
 log = logging.getLogger(__name__)
 
@@ -67,5 +67,7 @@ def _describe(value: object) -> str:
                     )
                 elif isinstance(entry, Refusal):
                     lines.append(f"refused: {entry}")
+                elif isinstance(entry, Rewrite):
+                    lines.append(f"gone: {entry.subject}, {entry.nbytes} bytes: {entry.reason}")
         return "\n".join(lines)
     return str(value)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from passes.records import Plan, Refusal
+from passes.records import Plan, Refusal, Rewrite
 from passes.source import op_name, source_of
 
 _TABLE_ROWS = 12
@@ -53,12 +53,13 @@ class GraphReport:
     table: tuple[TableRow, ...]  # what stands at the peak before
     table_after: tuple[TableRow, ...]
     loops: tuple[LoopReport, ...]
+    rewrites: tuple[Rewrite, ...]
     refusals: tuple[Refusal, ...]
     note: str = ""
 
     @property
     def untouched(self) -> bool:
-        return not self.loops
+        return not self.loops and not self.rewrites
 
 
 @dataclass
@@ -101,6 +102,7 @@ def _graph_from_json(entry: Mapping[str, Any]) -> GraphReport:
         "table": rows("table", TableRow),
         "table_after": rows("table_after", TableRow),
         "loops": rows("loops", LoopReport),
+        "rewrites": rows("rewrites", Rewrite),
         "refusals": rows("refusals", Refusal),
     }
     return GraphReport(**fields)
@@ -142,6 +144,7 @@ def graph_report(plan: Plan, *, training: bool, note: str = "") -> GraphReport:
             LoopReport(*key, inside_bytes=sum(sizes), count=len(sizes))
             for key, sizes in loops.items()
         ),
+        rewrites=plan.rewrites,
         refusals=plan.refusals,
         note=note,
     )
@@ -182,6 +185,11 @@ def render(report: Report) -> str:
                 f"{loop.mode}, {_mib(loop.inside_bytes)} of values a chunk at a time"
             )
             lines.append(f"    from {loop.seed} at {loop.source}")
+        for rewrite in graph.rewrites:
+            where = f" at {rewrite.source}" if rewrite.source else ""
+            lines.append(
+                f"  gone ({_mib(rewrite.nbytes)}): {rewrite.subject}{where}: {rewrite.reason}"
+            )
         for refusal in graph.refusals:
             lines.append(f"  refused ({_mib(refusal.nbytes)}): {refusal}")
     for refusal in report.refusals:

@@ -1,5 +1,6 @@
 """The passes, in order: graph -> facts -> plan -> graph.
 
+    causal    masks that are proven causal leave attention                        `passes.causal`
     shift     cuts of wide values move to what these are made from                `passes.shift`
     axes      which dims are the same axis, and what every op does to them        `passes.axes`,
               `passes.rules`
@@ -24,8 +25,9 @@ from collections.abc import Callable
 from torch.fx import Graph
 
 from passes.axes import analyze_axes
+from passes.causal import drop_causal_masks
 from passes.layout import LayoutError, keep_strides
-from passes.plan import Planned, PlanOptions, left_alone, make_plan
+from passes.plan import Facts, Planned, PlanOptions, left_alone, make_plan
 from passes.regions import find_regions
 from passes.rules import find_rule
 from passes.shift import move_slices
@@ -54,13 +56,20 @@ def run_passes(
         observe: called after each pass with its name and its result.
     """
     original = graph
+    graph, rewrites = drop_causal_masks(graph, min_bytes=min_region_bytes)
+    observe("causal", rewrites)
     graph = move_slices(graph, min_bytes=min_region_bytes)
     observe("shift", graph)
     axes = analyze_axes(graph, find_rule)
     observe("axes", axes)
     regions, refusals = find_regions(graph, axes, min_bytes=min_region_bytes)
     observe("regions", (regions, refusals))
-    planned = make_plan(graph, axes, regions, refusals, options, loop_op=loop_op, lowering=lowering)
+    planned = make_plan(
+        Facts(original, graph, rewrites, axes, regions, refusals),
+        options,
+        loop_op=loop_op,
+        lowering=lowering,
+    )
     observe("plan", planned.plan)
     if planned.chunked is not None:
         try:

@@ -30,7 +30,7 @@ from passes.body import Body, BodyError
 from passes.chunk import ChunkedGraph, UnorderedLoops, chunk_graph, mutated_inputs
 from passes.liveness import analyze_liveness, saved_values, tangent_nodes
 from passes.modes import Bodies, gradient_in_forward, recompute
-from passes.records import Liveness, LoopPlan, Plan, Refusal, Region
+from passes.records import Liveness, LoopPlan, Plan, Refusal, Region, Rewrite
 from passes.source import hint, nbytes, op_name, source_of
 
 TRANSIENT_SHARE = 0.10  # of the peak that stays, how much a chunk may add
@@ -92,6 +92,7 @@ def left_alone(planned: Planned, reason: str) -> Planned:
     unchanged = replace(
         plan,
         loops=(),
+        rewrites=(),
         refusals=(refusal, *plan.refusals),
         peak_after=plan.peak_before,
         after=plan.before,
@@ -99,34 +100,43 @@ def left_alone(planned: Planned, reason: str) -> Planned:
     return Planned(unchanged, None)
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What the planner knows of one graph."""
+
+    original: Graph  # as it was traced
+    graph: Graph  # what is to be planned: `original`, or what earlier passes made of it
+    rewrites: tuple[Rewrite, ...]  # what these took out
+    axes: Axes  # of `graph`
+    regions: list[Region]  # of `graph`, largest inside first
+    refusals: list[Refusal]
+
+
 class _Planner:
     def __init__(
-        self,
-        graph: Graph,
-        axes: Axes,
-        regions: list[Region],
-        refusals: list[Refusal],
-        options: PlanOptions,
-        loop_op: Callable[..., object],
-        lowering: str,
+        self, facts: Facts, options: PlanOptions, loop_op: Callable[..., object], lowering: str
     ) -> None:
-        self.graph, self.axes, self.regions = graph, axes, regions
-        self.refusals = list(refusals)
+        self.facts = facts
+        self.graph, self.axes, self.regions = facts.graph, facts.axes, facts.regions
+        self.refusals = list(facts.refusals)
         self.options = options
         self.loop_op, self.lowering = loop_op, lowering
-        self.tangent = tangent_nodes(graph)
-        self.mutated = mutated_inputs(graph)
-        self.saved = saved_values(graph)
+        self.tangent = tangent_nodes(self.graph)
+        self.mutated = mutated_inputs(self.graph)
+        self.saved = saved_values(self.graph)
         self.known_bytes: dict[tuple[str, int], int] = {}
 
     def run(self) -> Planned:
-        before = analyze_liveness(self.graph)
+        before = analyze_liveness(self.facts.original)
         start = before.peak_bytes - before.gradient_bytes
         if before.peak_bytes < self.options.min_peak_bytes:
             return self.untouched(before, start)
         chosen: dict[LoopPlan, Bodies] = {}
-        chunked: ChunkedGraph | None = None
-        now, rest = before, list(self.regions)
+        unlooped: ChunkedGraph | None = None
+        without_loops = before
+        if self.facts.rewrites:
+            unlooped, without_loops = ChunkedGraph(self.graph, ()), analyze_liveness(self.graph)
+        chunked, now, rest = unlooped, without_loops, list(self.regions)
         while True:
             at_peak = self.on_peak(now, rest)
             rest = [r for r in rest if r not in at_peak]
@@ -143,18 +153,20 @@ class _Planner:
             else:
                 chosen = {sized[p]: b for p, b in chosen.items() if sized[p].num_chunks > 1}
                 if not chosen:
-                    chunked, now = None, before
+                    chunked, now = unlooped, without_loops
                     continue
                 chunked = self.rewrite(chosen)
             now = self.with_bodies(chunked)
         after = now.peak_bytes - now.gradient_bytes
         if chunked is None or now.peak_bytes > (1 - MIN_GAIN) * before.peak_bytes:
             return self.untouched(before, start)
-        plan = Plan(tuple(chosen), self.relevant(before), start, after, before, now)
+        plan = Plan(
+            tuple(chosen), self.facts.rewrites, self.relevant(before), start, after, before, now
+        )
         return Planned(plan, chunked)
 
     def untouched(self, before: Liveness, start: int) -> Planned:
-        return Planned(Plan((), self.relevant(before), start, start, before, before), None)
+        return Planned(Plan((), (), self.relevant(before), start, start, before, before), None)
 
     def relevant(self, before: Liveness) -> tuple[Refusal, ...]:
         """Refusals large enough to matter; equal ones once."""
@@ -278,14 +290,7 @@ def body_bytes(body: Body) -> int:
 
 
 def make_plan(
-    graph: Graph,
-    axes: Axes,
-    regions: list[Region],
-    refusals: list[Refusal],
-    options: PlanOptions,
-    *,
-    loop_op: Callable[..., object],
-    lowering: str,
+    facts: Facts, options: PlanOptions, *, loop_op: Callable[..., object], lowering: str
 ) -> Planned:
     """Choose regions, modes and chunk sizes for a graph, and rewrite it."""
-    return _Planner(graph, axes, regions, refusals, options, loop_op, lowering).run()
+    return _Planner(facts, options, loop_op, lowering).run()

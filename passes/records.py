@@ -77,6 +77,16 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class Rewrite:
+    """A value that the graph no longer needs, and why; no loop is involved."""
+
+    subject: str  # the op that made the value
+    reason: str  # one sentence
+    source: str  # "file:line  code" of the user, or ""
+    nbytes: int  # of the value
+
+
+@dataclass(frozen=True)
 class Region:
     """A convex set of nodes, split along one axis, whose inside is much larger than its
     boundary."""
@@ -112,6 +122,7 @@ class Plan:
     """What is to be done with one graph."""
 
     loops: tuple[LoopPlan, ...]
+    rewrites: tuple[Rewrite, ...]
     refusals: tuple[Refusal, ...]
     peak_before: int  # predicted bytes, gradients not counted
     peak_after: int  # predicted bytes, gradients not counted
