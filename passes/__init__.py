@@ -1,9 +1,12 @@
 """The passes, in order: graph -> facts -> plan -> graph.
 
     causal    masks that are proven causal leave attention                        `passes.causal`
+    counted   random numbers become functions of a seed and their positions       `passes.counted`
     shift     cuts of wide values move to what these are made from                `passes.shift`
+    generated large values made from small ones are made by each of their readers `passes.generated`
     axes      which dims are the same axis, and what every op does to them        `passes.axes`,
               `passes.rules`
+        roles     queries and keys are two axes                                   `passes.roles`
     regions   convex sets of nodes with a large inside and a small boundary       `passes.regions`
     plan      which regions, in which mode, how many chunks                       `passes.plan`
         liveness  who is alive when, where the peak is                            `passes.liveness`
@@ -24,12 +27,13 @@ from collections.abc import Callable
 
 from torch.fx import Graph
 
-from passes.axes import analyze_axes
 from passes.causal import drop_causal_masks
+from passes.counted import count_random_numbers
+from passes.generated import remake_generated
 from passes.layout import LayoutError, keep_strides
 from passes.plan import Facts, Planned, PlanOptions, left_alone, make_plan
 from passes.regions import find_regions
-from passes.rules import find_rule
+from passes.roles import join, separate
 from passes.shift import move_slices
 from passes.verify import verify_same_interface
 
@@ -58,9 +62,13 @@ def run_passes(
     original = graph
     graph, rewrites = drop_causal_masks(graph, min_bytes=min_region_bytes)
     observe("causal", rewrites)
+    graph = count_random_numbers(graph, min_bytes=min_region_bytes)
+    observe("counted", graph)
     graph = move_slices(graph, min_bytes=min_region_bytes)
     observe("shift", graph)
-    axes = analyze_axes(graph, find_rule)
+    graph = remake_generated(graph, min_bytes=min_region_bytes)
+    observe("generated", graph)
+    graph, axes = separate(graph, min_bytes=min_region_bytes)
     observe("axes", axes)
     regions, refusals = find_regions(graph, axes, min_bytes=min_region_bytes)
     observe("regions", (regions, refusals))
@@ -72,6 +80,7 @@ def run_passes(
     )
     observe("plan", planned.plan)
     if planned.chunked is not None:
+        join(planned.chunked.graph)
         try:
             keep_strides(original, planned.chunked.graph)
         except LayoutError as error:

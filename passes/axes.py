@@ -4,6 +4,9 @@ Terms
     axis       an *atomic* axis: an index space with a size. Named by an integer.
     product    an ordered tuple of axes, outermost first: what one dim of a tensor is made of, as in
                einops' ``(b s) h``. A dim of size one is the empty product.
+    copy       an axis of its own for one reader of a tensor, where the same positions play two roles
+               (queries and keys of attention): see `passes.roles`. A copy and what it is a copy of
+               are kept apart: they are never unified.
     role       what an op does along an axis: ``parallel`` (the op on slices is the slice of the
                op), ``sum`` (the op adds over the axis) or ``entangled`` (anything else, so no loop
                may run along it).
@@ -30,7 +33,7 @@ Source: the named-axis view of einops (Rogozhnikov, ICLR 2022) and of sharding p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import sympy
@@ -74,11 +77,25 @@ def divide(numerator: Size, denominator: Size) -> Size | None:
     return int(quotient) if quotient.is_Integer else quotient
 
 
+class RolesMeet(Exception):
+    """An op would unify a copy of an axis with what it is a copy of.
+
+    Attributes:
+        axes: the two, as roots.
+    """
+
+    def __init__(self, axes: tuple[int, int]) -> None:
+        super().__init__("two roles of the same positions meet")
+        self.axes = axes
+
+
 class AxisTable:
     """A union-find over axes whose roots may be refined into products of finer axes."""
 
     def __init__(self) -> None:
         self.sizes: list[Size] = []
+        self._apart: dict[int, set[int]] = {}  # root -> roots that it must not become
+        self.copies: set[int] = set()  # roots that were made as copies
         self._parent: list[Product] = []  # (i,) for a root, else what axis i stands for now
 
     def fresh(self, size: Size) -> Product:
@@ -120,13 +137,34 @@ class AxisTable:
             x, y = a[mismatch], b[mismatch]
             size_x, size_y = self.sizes[x], self.sizes[y]
             if size_x == size_y:
-                self._parent[max(x, y)] = (min(x, y),)
+                self._merge(min(x, y), max(x, y))
             elif (q := divide(size_x, size_y)) is not None:
                 self._refine(x, size_y, q)
             elif (q := divide(size_y, size_x)) is not None:
                 self._refine(y, size_x, q)
             else:
                 return False
+
+    def copy(self, product: Product) -> Product:
+        """A new axis for the same positions, kept apart from these."""
+        made = self.fresh(self.size(product))
+        for axis in made:
+            self.copies.add(axis)
+            for other in self.resolve(product):
+                self._apart.setdefault(axis, set()).add(other)
+                self._apart.setdefault(other, set()).add(axis)
+        return made
+
+    def _merge(self, kept: int, gone: int) -> None:
+        if gone in self._apart.get(kept, ()):
+            raise RolesMeet((kept, gone))
+        self._parent[gone] = (kept,)
+        for other in self._apart.pop(gone, set()):
+            self._apart[other].discard(gone)
+            self._apart[other].add(kept)
+            self._apart.setdefault(kept, set()).add(other)
+        if gone in self.copies:
+            self.copies.add(kept)
 
     def regroup(self, axes: Product, sizes: Sequence[Size]) -> Dims | None:
         """Deal `axes`, outermost first, into dims of the given sizes (what ``view`` does), refining
@@ -160,7 +198,17 @@ class OpAxes:
     outputs: tuple[Dims | None, ...]  # one per output tensor; None for an output that is no tensor
     summed: tuple[Product, ...] = ()  # the op adds over these
     entangled: tuple[Product, ...] = ()  # the op mixes positions of these
+    partial: tuple[tuple[Product, ...], ...] = ()  # per output: axes that it lacks and is a sum over
     opaque: bool = False  # no rule: every axis of the op is entangled
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A reader for whom a dim of an operand must be an axis of its own (see `passes.roles`)."""
+
+    reader: Node
+    operand: Node
+    dim: int
 
 
 @dataclass
@@ -171,6 +219,7 @@ class OpCall:
     node: Node
     facts: Axes
     outputs: tuple[torch.Tensor | None, ...]  # fake values
+    cuts: list[Cut] = field(default_factory=list)  # operands that need a copy of an axis
 
     def dims(self, arg: object) -> Dims:
         assert isinstance(arg, Node)
@@ -178,6 +227,9 @@ class OpCall:
 
     def output_dims(self, node: Node) -> tuple[Dims | None, ...]:
         return self.facts.output_dims(node)
+
+    def partial(self, node: Node, output: int) -> tuple[Product, ...]:
+        return self.facts.partial(node, output)
 
     def fresh_dims(self, index: int = 0) -> Dims:
         value = self.outputs[index]
@@ -209,6 +261,7 @@ class Axes:
         self.table = table
         self._dims: dict[Node, tuple[Dims | None, ...]] = {}
         self._ops: dict[Node, OpAxes] = {}
+        self.cuts: list[Cut] = []
         self._frozen = False
         self._axes: dict[Node, tuple[int, ...]] = {}
         self._roles: dict[tuple[Node, int], Role] = {}
@@ -239,6 +292,12 @@ class Axes:
 
     def output_dims(self, node: Node) -> tuple[Dims | None, ...]:
         return self._dims[node]
+
+    def partial(self, node: Node, output: int) -> tuple[Product, ...]:
+        """The axes that an output lacks because it is a sum over them."""
+        op = self._ops.get(node)
+        entries = op.partial if op else ()
+        return tuple(map(self.table.resolve, entries[output])) if output < len(entries) else ()
 
     def axes(self, node: Node) -> tuple[int, ...]:
         """Every axis of every output of the node, with repetition."""
@@ -291,10 +350,16 @@ def analyze_axes(graph: Graph, find_rule: Callable[[Node], Rule | None]) -> Axes
         rule = find_rule(node)
         try:
             op = rule(call) if rule is not None else None
+        except RolesMeet as meeting:
+            op = None
+            call.cuts += _cut_where_roles_meet(call, meeting.axes)
         except (AssertionError, NotImplementedError, ValueError, LookupError, TypeError):
             op = None  # a rule that meets a form it does not know refuses, it never guesses
         if op is not None:
             op = _checked(call, op)
+        if op is not None:
+            call.cuts += _cut_where_an_axis_comes_twice(call, op)
+        facts.cuts += call.cuts
         facts.record(node, op or OpAxes(call.all_fresh(), opaque=True))
     facts.freeze()
     return facts
@@ -316,3 +381,36 @@ def _checked(call: OpCall, op: OpAxes) -> OpAxes | None:
             ):
                 return None
     return op
+
+
+def _cut_where_roles_meet(call: OpCall, axes: tuple[int, int]) -> list[Cut]:
+    """The operand that needs a copy so that two roles do not meet: never one that has both, and
+    rather the one whose role is the copy's, so that it takes the other's again."""
+    found: list[tuple[bool, Cut]] = []
+    for operand in call.node.all_input_nodes:
+        dims = call.dims(operand)
+        own = {a for product in dims for a in product} & set(axes)
+        if len(own) != 1:
+            continue
+        (axis,) = own
+        for dim, product in enumerate(dims):
+            if axis in product:
+                found.append((axis in call.table.copies, Cut(call.node, operand, dim)))
+    return [max(found, key=lambda f: f[0])[1]] if found else []
+
+
+def _cut_where_an_axis_comes_twice(call: OpCall, op: OpAxes) -> list[Cut]:
+    """An op that makes a tensor of positions x positions: the operand of its last such dim."""
+    found: list[Cut] = []
+    for dims in op.outputs:
+        flat = [a for product in dims or () for a in call.table.resolve(product)]
+        for axis in {a for a in flat if flat.count(a) > 1}:
+            assert dims is not None
+            last = max(d for d, p in enumerate(dims) if axis in call.table.resolve(p)) - len(dims)
+            for operand in reversed(call.node.all_input_nodes):
+                own = call.dims(operand)
+                holding = [d - len(own) for d, product in enumerate(own) if axis in product]
+                if holding == [last] and own[last].count(axis) == 1:
+                    found.append(Cut(call.node, operand, last + len(own)))
+                    break
+    return found

@@ -78,7 +78,9 @@ class Body:
 
 
 def _is_passthrough(node: Node, axes: Axes) -> bool:
-    """A ``slice`` of everything."""
+    """A ``slice`` of everything, or a tensor that a reader sees in another role."""
+    if node.target is rules.shape.cut:
+        return True
     packet = getattr(node.target, "overloadpacket", None)
     return packet is aten.slice and axes.dims(node) == axes.dims(node.all_input_nodes[0])
 

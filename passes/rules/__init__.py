@@ -17,7 +17,7 @@ import torch
 from torch.fx import Node
 
 from passes.axes import Rule
-from passes.rules import create, index, matmul, pointwise, reduce, shape
+from passes.rules import attention, create, index, matmul, pointwise, reduce, shape
 
 _TABLE: dict[object, Rule] = {
     **pointwise.RULES,
@@ -26,6 +26,7 @@ _TABLE: dict[object, Rule] = {
     **reduce.RULES,
     **matmul.RULES,
     **index.RULES,
+    **attention.RULES,
 }
 
 
@@ -35,7 +36,7 @@ def find_rule(node: Node) -> Rule | None:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return _TABLE.get(target)
-    if torch.Tag.nondeterministic_seeded in target.tags:
+    if torch.Tag.nondeterministic_seeded in target.tags and not attention.is_deterministic(node):
         return None  # a slice of a random tensor is not the random tensor of a slice
     if target._schema.is_mutable or target is shape.BITCAST:
         return None  # a write to a slice's copy would be lost; bits are no values
@@ -83,6 +84,10 @@ def is_matmul(node: Node) -> bool:
     return _packet(node) in matmul.RULES
 
 
+def is_attention(node: Node) -> bool:
+    return _packet(node) in attention.RULES
+
+
 def is_pointwise(node: Node) -> bool:
     """Whether a code generator can fuse the op into its reader."""
     target = node.target
@@ -92,6 +97,11 @@ def is_pointwise(node: Node) -> bool:
     if torch.Tag.nondeterministic_seeded in tags:
         return False
     return torch.Tag.pointwise in tags or target.overloadpacket in pointwise.RULES
+
+
+def is_gather(node: Node) -> bool:
+    """Whether the op only reads values at given positions."""
+    return _packet(node) in index.GATHERS
 
 
 def is_reduction(node: Node) -> bool:

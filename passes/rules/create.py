@@ -38,7 +38,7 @@ def getitem(call: OpCall) -> OpAxes | None:
     assert isinstance(source, Node)
     assert isinstance(index, int)
     dims = call.output_dims(source)[index]
-    return None if dims is None else OpAxes((dims,))
+    return None if dims is None else OpAxes((dims,), summed=call.partial(source, index))
 
 
 RULES: dict[object, Rule] = {

@@ -15,6 +15,9 @@ aten = torch.ops.aten
 _MASKS = (torch.bool, torch.uint8)  # as indices these pick where they are true
 
 
+GATHERS = {aten.gather, aten.embedding, aten.index_select, aten.index}
+
+
 def gather(call: OpCall) -> OpAxes | None:
     """``gather(x, dim, index)``: index may be shorter than x along the other dims, where only equal
     sizes align."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch.fx import Node
@@ -11,6 +11,14 @@ from passes.axes import Dims, OpAxes, OpCall, Product, Rule, as_size
 from passes.rules.arguments import argument, dim_of
 
 aten = torch.ops.aten
+Value = TypeVar("Value")
+
+
+def cut(value: Value, dim: int) -> Value:
+    """The same tensor, of which one reader sees a dim as an axis of its own (`passes.roles`)."""
+    assert dim >= 0
+    return value
+
 
 BITCAST = aten.view.dtype  # reads the same bytes as another type
 # Only the grouping of dims changes: written as ``reshape`` to an explicit size.
@@ -29,6 +37,7 @@ VIEWS = {
     aten.split,
     aten.split_with_sizes,
     aten.unbind,
+    cut,
 }
 SIZE_ARGUMENT: dict[object, int] = {aten.expand: 1}
 
@@ -84,6 +93,22 @@ def _cut(call: OpCall, dim: int, dims: Dims) -> OpAxes:
         entangled.append(piece)
         outputs.append((*dims[:dim], piece, *dims[dim + 1 :]))
     return OpAxes(tuple(outputs), entangled=tuple(entangled))
+
+
+def copied(call: OpCall) -> OpAxes:
+    dims = call.dims(call.node.args[0])
+    dim = dim_at(call.node)
+    made = call.table.copy(dims[dim])
+    return OpAxes(
+        ((*dims[:dim], made, *dims[dim + 1 :]),), entangled=(dims[dim], made)
+    )
+
+
+def dim_at(node: Node) -> int:
+    """The dim of a `cut`."""
+    dim = node.args[1]
+    assert isinstance(dim, int)
+    return dim
 
 
 def slice_(call: OpCall) -> OpAxes:
@@ -167,4 +192,5 @@ RULES: dict[object, Rule] = {
     aten.cat: cat,
     aten.constant_pad_nd: pad,
     aten.slice_scatter: slice_scatter,
+    cut: copied,
 }
