@@ -4,7 +4,7 @@
     python -m benchmarks.coverage --only llama,t5 --modes fp32,autocast --redo
     python -m benchmarks.coverage --lowering eager --out found.json   # quick, for finding faults
 
-A row is one architecture in one mode, in a process of its own with empty compile caches:
+A row is one architecture in one mode, in a process of its own, without compile caches:
     1. loss and gradients of the model in float64, eager;
     2. for each contender (eager, Inductor, Inductor with its auto_chunker, mst with default
        options): the first step, timed, its gradients against the float64 ones; then the peak of
@@ -34,10 +34,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.utils import fresh_cache
 from tqdm import tqdm
 
-from benchmarks import accuracy, coverage_table, measure, store, zoo
+from benchmarks import accuracy, coverage_table, measure, models, store, zoo
 from mstc import history
 from mstc.runtime.memory import measure_step
 
@@ -93,7 +92,7 @@ def row(job: dict[str, Any]) -> dict[str, Any]:
 class _Truth:
     """Loss and gradients of a copy in float64."""
 
-    def __init__(self, architecture: zoo.Architecture, subject: zoo.Subject) -> None:
+    def __init__(self, architecture: zoo.Architecture, subject: models.Subject) -> None:
         self.model = copy.deepcopy(subject.model).double()
         self.batch = {name: _widened(value) for name, value in subject.batch.items()}
         with accuracy.Float64():
@@ -107,7 +106,7 @@ def _widened(value: Any) -> Any:
     return value.double() if floating else value
 
 
-def _compare_routing(subject: zoo.Subject, truth: _Truth, autocast: bool) -> dict[str, int]:
+def _compare_routing(subject: models.Subject, truth: _Truth, autocast: bool) -> dict[str, int]:
     """Do routers choose in this mode as they do in float64? (see benchmarks/zoo/routing.py)"""
     with torch.no_grad(), zoo.Routing() as true, accuracy.Float64():
         truth.model(**truth.batch)
@@ -131,23 +130,22 @@ def _compiler(name: str, lowering: str) -> Callable[[Any], Callable[..., Any]]:
 
 
 def _first_steps(
-    step: Callable[[], Tensor], subject: zoo.Subject, truth: _Truth, name: str
+    step: Callable[[], Tensor], subject: models.Subject, truth: _Truth, name: str
 ) -> dict[str, Any]:
-    """Compile, compare, measure the peak; a contender's caches are empty as it starts.
+    """Compile (PyTorch's caches are switched off in a fresh process), compare, measure the peak.
 
     Raises:
         whatever the contender raises; RuntimeError if it compiled nothing.
     """
     counters: Any = torch._dynamo.utils.counters
     counters.clear()
-    with fresh_cache():
-        measure.clear_gradients(subject.model)
-        losses: list[Tensor] = []
-        compile_s = measure.seconds(lambda: losses.append(step()), _DEVICE)
-        gradients = accuracy.gradients(subject.model)
-        measure.clear_gradients(subject.model)
-        step()  # a second step, so that nothing is made or tuned while measuring
-        trace = measure_step(step, subject.model.parameters(), _DEVICE)
+    measure.clear_gradients(subject.model)
+    losses: list[Tensor] = []
+    compile_s = measure.seconds(lambda: losses.append(step()), _DEVICE)
+    gradients = accuracy.gradients(subject.model)
+    measure.clear_gradients(subject.model)
+    step()  # a second step, so that nothing is made or tuned while measuring
+    trace = measure_step(step, subject.model.parameters(), _DEVICE)
     graphs = counters["stats"]["unique_graphs"]
     if name != "eager" and not graphs:
         raise RuntimeError("nothing was compiled")
@@ -163,7 +161,7 @@ def _first_steps(
 
 def _take_turns(
     steps: dict[str, Callable[[], Tensor]],
-    subject: zoo.Subject,
+    subject: models.Subject,
     rounds: int,
     contenders: dict[str, Any],
 ) -> None:

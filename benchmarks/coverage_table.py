@@ -298,8 +298,8 @@ _METHOD = """\
 * Sizes, where a row does not say otherwise: {sizes}; half as many layers each for an encoder with a
   decoder. Small, so that a row takes a minute; what a vocabulary head needs, and the gain, grow
   with vocabulary and tokens (the README has larger ones).
-* One process per row, with empty compile caches; each contender starts with empty caches again.
-  *Compile time* is the first step's.
+* One process per row, with PyTorch's compile caches switched off. *Compile time* is the first
+  step's.
 * *Peak*: summed from the allocator's events during a later step (`mstc/runtime/memory.py`).
 * *Time per step*: contenders take turns in one process (A B C D A B C D), medians; forward and
   backward.

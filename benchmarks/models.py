@@ -28,7 +28,7 @@ class Subject:
     """A model with the batch that it is called with, `model(**batch)`."""
 
     model: nn.Module
-    batch: dict[str, Tensor]
+    batch: dict[str, Any]  # tensors; a flag or two
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import accuracy, coverage, coverage_table, measure, store, zoo
+from benchmarks import accuracy, coverage, coverage_table, measure, models, store, zoo
 from benchmarks.zoo import ZOO
 from benchmarks.zoo.rows import _DECODERS, _ENCODERS, _EXPERT_MODELS, _HEADLESS, _PLAIN, _RECURRENT
 from tests.models import fresh_compiler  # noqa: F401  (an autouse fixture)
@@ -20,7 +20,7 @@ from tests.models import fresh_compiler  # noqa: F401  (an autouse fixture)
 pytest.importorskip("transformers")
 
 
-def _subject(name: str) -> zoo.Subject:
+def _subject(name: str) -> models.Subject:
     try:
         return ZOO[name].subject(zoo.TINY)
     except zoo.Unavailable as reason:

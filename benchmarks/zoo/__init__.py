@@ -4,7 +4,7 @@ them.
 Names of models live in the benchmarks and nowhere else: the compiler knows none of them.
 """
 
-from benchmarks.zoo.records import ROW, TINY, Architecture, Scale, Subject, Unavailable, checkpoint
+from benchmarks.zoo.records import ROW, TINY, Architecture, Scale, Unavailable, checkpoint
 from benchmarks.zoo.routing import Routing, decisive_routers
 from benchmarks.zoo.rows import ZOO
 
@@ -15,7 +15,6 @@ __all__ = [
     "Architecture",
     "Routing",
     "Scale",
-    "Subject",
     "Unavailable",
     "checkpoint",
     "decisive_routers",

@@ -1,7 +1,6 @@
 """The nouns of the zoo: what a row of the coverage table is made from.
 
-A *scale* gives sizes, an *architecture* builds a model and its batch at a scale, a *subject* is
-both, ready to train.
+A *scale* gives sizes, an *architecture* builds a model and its batch at a scale.
 """
 
 import functools
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from benchmarks.models import Subject
 from benchmarks.zoo.routing import decisive_routers
 
 
@@ -71,7 +71,7 @@ class Architecture:
         """The row's own sizes, if `scale` is the rows'; a scale for tests is taken as it is."""
         return replace(scale, **self.sizes) if scale == ROW else scale
 
-    def subject(self, scale: Scale) -> "Subject":
+    def subject(self, scale: Scale) -> Subject:
         """The same seed gives the same weights and the same batch, in any process.
 
         Raises:
@@ -84,14 +84,6 @@ class Architecture:
             decisive_routers(model, self.experts)
         torch.manual_seed(1)
         return Subject(model, self.batch(sizes))
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model with the batch that it is called with, `model(**batch)`."""
-
-    model: nn.Module
-    batch: dict[str, Any]
 
 
 def checkpoint(architecture: Architecture, model: nn.Module) -> None:
