@@ -41,6 +41,7 @@ from mstc import history
 from mstc.runtime.memory import measure_step
 
 MODES = ("fp32", "autocast", "checkpoint")
+EXPERT_MODES = (*MODES, "bf16")  # transformers' experts are one graph in bfloat16 weights alone
 CONTENDERS = ("eager", "inductor", "auto_chunker", "mst")
 SCALES = {"row": zoo.ROW, "tiny": zoo.TINY}
 RESULTS = measure.ROOT / "benchmarks" / "results" / "coverage-cpu.json"
@@ -60,6 +61,8 @@ def row(job: dict[str, Any]) -> dict[str, Any]:
     architecture, scale = zoo.ZOO[job["architecture"]], SCALES[job["scale"]]
     try:
         subject = architecture.subject(scale)
+        if job["mode"] == "bf16":
+            subject = _in_bfloat16(subject)
         truth = _Truth(architecture, subject)
         if job["mode"] == "checkpoint":
             zoo.checkpoint(architecture, subject.model)
@@ -89,21 +92,30 @@ def row(job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _in_bfloat16(subject: models.Subject) -> models.Subject:
+    """Weights and images rounded; the reference starts from the rounded ones."""
+    for parameter in subject.model.parameters():
+        # Not the buffers: from_pretrained leaves rotary frequencies in float32 too.
+        parameter.data = parameter.data.bfloat16()
+    batch = {name: _converted(value, torch.bfloat16) for name, value in subject.batch.items()}
+    return models.Subject(subject.model, batch)
+
+
 class _Truth:
     """Loss and gradients of a copy in float64."""
 
     def __init__(self, architecture: zoo.Architecture, subject: models.Subject) -> None:
         self.model = copy.deepcopy(subject.model).double()
-        self.batch = {name: _widened(value) for name, value in subject.batch.items()}
+        self.batch = {n: _converted(value, torch.float64) for n, value in subject.batch.items()}
         with accuracy.Float64():
             self.loss = measure.training_step(self.model, self.batch)()
         assert self.loss.dtype == torch.float64, self.loss.dtype
         self.gradients = accuracy.gradients(self.model)
 
 
-def _widened(value: Any) -> Any:
+def _converted(value: Any, dtype: torch.dtype) -> Any:
     floating = isinstance(value, Tensor) and value.is_floating_point()
-    return value.double() if floating else value
+    return value.to(dtype) if floating else value
 
 
 def _compare_routing(subject: models.Subject, truth: _Truth, autocast: bool) -> dict[str, int]:
@@ -234,7 +246,7 @@ def _jobs(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     """(key in the results, job), architecture by architecture."""
     common = {"lowering": options.lowering, "scale": options.scale, "rounds": options.rounds}
     for name in options.only:
-        for mode in options.modes:
+        for mode in options.modes or (EXPERT_MODES if zoo.ZOO[name].experts else MODES):
             job = {"architecture": name, "mode": mode, "contenders": options.contenders}
             yield f"{name}/{mode}", common | job
 
@@ -253,7 +265,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         prog="benchmarks.coverage", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--only", type=names, default=list(zoo.ZOO), metavar="NAME,...")
-    parser.add_argument("--modes", type=names, default=list(MODES), metavar="MODE,...")
+    parser.add_argument(
+        "--modes",
+        type=names,
+        metavar="MODE,...",
+        help=f"default: {', '.join(MODES)}, and bf16 for mixtures of experts",
+    )
     parser.add_argument("--contenders", type=names, help="default: all that the lowering has")
     parser.add_argument("--rounds", type=int, default=5, help="of timing, after one to warm up")
     parser.add_argument(
@@ -276,7 +293,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     options.contenders = options.contenders or known_contenders
     for given, known in (
         (options.only, zoo.ZOO),
-        (options.modes, MODES),
+        (options.modes or (), EXPERT_MODES),
         (options.contenders, known_contenders),
     ):
         if unknown := set(given) - set(known):
