@@ -138,7 +138,7 @@ def _counts(records: dict[str, Record]) -> Iterator[str]:
     loops = sum(bool(_loops(record)) for record in measured.values())
     refused = sum(bool(_refusals_of(record)) for record in measured.values())
     yield f"* With loops: {loops} rows. With something refused: {refused} rows."
-    higher = [k for k, record in measured.items() if (peak_ratio(record) or 0) > 1.0]
+    higher = [k for k, record in measured.items() if (peak_ratio(record) or 0) >= 1.005]
     if higher:
         yield f"* Peak above Inductor's: {_list(higher)}."
     notes = [k for k, record in measured.items() if any("as it was" in n for n in _notes(record))]

@@ -154,6 +154,23 @@ def test_failing_contender_leaves_the_others(monkeypatch: pytest.MonkeyPatch):
     assert set(coverage_table.failures(found)) == {"inductor", "mst"}
 
 
+@pytest.mark.parametrize(
+    ("mode", "least", "most"),
+    [
+        ("fp32", 1e-9, 1e-5),
+        ("checkpoint", 1e-9, 1e-5),
+        ("autocast", 1e-4, 5e-2),
+        ("bf16", 1e-4, 5e-2),
+    ],
+)
+def test_errors_are_those_of_the_precision(mode: str, least: float, most: float):
+    """Not zero, so the mode was on; not larger than its rounding, so the reference was the same."""
+    job = {"architecture": "mixtral", "mode": mode, "rounds": 0, "lowering": "eager"}
+    found = coverage.row(job | {"scale": "tiny", "contenders": ["eager"]})
+    assert least < found["contenders"]["eager"]["error"]["worst"] < most
+    assert found["routing"]["decisions"] > found["routing"]["differing"] == 0
+
+
 def test_interrupted_write_leaves_the_file(tmp_path: Path):
     path = tmp_path / "results.json"
     store.save(path, {"device": "a", "date": "1", "records": {"x": 1}})
