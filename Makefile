@@ -15,7 +15,7 @@ RUN := $(VENV)/bin/python
 endif
 
 .DEFAULT_GOAL := test
-.PHONY: venv lint format test pytest demo bench clean
+.PHONY: venv lint format test pytest demo bench coverage clean
 
 venv: $(STAMP)
 
@@ -47,6 +47,10 @@ demo: $(STAMP)
 # make bench ARGS="--only llama --cases 1x4096"
 bench: $(STAMP)
 	$(RUN) -m benchmarks.memory $(ARGS)
+
+# make coverage ARGS="--only llama,t5 --modes fp32"
+coverage: $(STAMP)
+	$(RUN) -m benchmarks.coverage $(ARGS)
 
 clean:
 	rm -rf build dist demo_output .pytest_cache .ruff_cache .hypothesis

@@ -15,7 +15,6 @@ Results go to benchmarks/results/memory-<device>.json after every job; a Markdow
 
 import argparse
 import copy
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import accuracy, measure, models
+from benchmarks import accuracy, measure, models, store
 from benchmarks.table import markdown
 from mstc.runtime.memory import measure_step
 
@@ -157,19 +156,6 @@ def jobs(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
         )
 
 
-def _load(path: Path, header: dict[str, Any], force: bool) -> dict[str, Any]:
-    """Earlier records, if they were made by the same versions at the same sizes."""
-    if not path.exists():
-        return header | {"records": {}}
-    earlier = json.loads(path.read_text())
-    changed = [key for key in header if key != "date" and earlier.get(key) != header[key]]
-    if not changed:
-        return header | {"records": earlier["records"]}
-    if force:
-        return header | {"records": {}}
-    raise SystemExit(f"{path} was measured with other {', '.join(changed)}: --force or --out")
-
-
 def _parse(arguments: list[str]) -> argparse.Namespace:
     def names(text: str) -> list[str]:
         return text.split(",")
@@ -219,14 +205,13 @@ def main(arguments: list[str]) -> int:
     slug = "cpu" if options.device == "cpu" else environment["device"]
     name = re.sub(r"[^a-z0-9]+", "-", slug.lower()).strip("-")
     path = options.out or measure.ROOT / "benchmarks" / "results" / f"memory-{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     sizes = {model: models.describe(model, options.scale) for model in models.NAMES}
     header = environment | {
         "date": date.today().isoformat(),
         "dtype": options.dtype,
         "sizes": sizes | {"tiny": models.describe(TINY_MODEL, "tiny")},
     }
-    results = _load(path, header, options.force)
+    results = store.load(path, header, options.force)
 
     todo = [
         (key, job)
@@ -245,7 +230,7 @@ def main(arguments: list[str]) -> int:
             progress.write(f"{key} failed: {problem}")
         for contender, found in results["records"][key].pop("peaks", {}).items():
             results["records"][f"peak/{job['model']}/{job['case']}/{contender}"] = found
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        store.save(path, results)
     print(markdown(results))
     return 1 if failed else 0
 

@@ -28,7 +28,7 @@ class Subject:
     """A model with the batch that it is called with, `model(**batch)`."""
 
     model: nn.Module
-    batch: dict[str, Tensor]
+    batch: dict[str, Any]  # tensors; a flag or two
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,15 @@ def _ids(vocab: int, rows: int, tokens: int, device: str) -> Tensor:
     return torch.randint(vocab, (rows, tokens), device=device)
 
 
-def _causal_batch(vocab: int, rows: int, tokens: int, device: str) -> dict[str, Tensor]:
-    ids = _ids(vocab, rows, tokens, device)
+def causal_batch(
+    vocab: int, rows: int, tokens: int, device: str, first: int = 0
+) -> dict[str, Tensor]:
+    """Token ids from `first` on; the labels are the same ids, which the model shifts."""
+    ids = torch.randint(first, vocab, (rows, tokens), device=device)
     return {"input_ids": ids, "labels": ids.clone()}
 
 
-def _masked_batch(vocab: int, rows: int, tokens: int, device: str) -> dict[str, Tensor]:
+def masked_batch(vocab: int, rows: int, tokens: int, device: str) -> dict[str, Tensor]:
     """15 % of the tokens are masked and predicted; -100 marks the others, as in the BERT paper."""
     ids = _ids(vocab, rows, tokens, device)
     masked = torch.rand(ids.shape, device=device) < 0.15
@@ -129,11 +132,11 @@ def _nanogpt_batch(vocab: int, rows: int, tokens: int, device: str) -> dict[str,
 
 
 _KINDS = {
-    "llama": _Kind(_llama, _causal_batch, layers=4, vocab=32000, large_vocab=128256),
-    "mistral": _Kind(_mistral, _causal_batch, layers=2, vocab=32768, large_vocab=32768),
-    "qwen3": _Kind(_qwen3, _causal_batch, layers=3, vocab=24576, large_vocab=128000),
-    "gemma2": _Kind(_gemma2, _causal_batch, layers=2, vocab=28672, large_vocab=128000),
-    "bert": _Kind(_bert, _masked_batch, layers=2, vocab=30522, large_vocab=30522),
+    "llama": _Kind(_llama, causal_batch, layers=4, vocab=32000, large_vocab=128256),
+    "mistral": _Kind(_mistral, causal_batch, layers=2, vocab=32768, large_vocab=32768),
+    "qwen3": _Kind(_qwen3, causal_batch, layers=3, vocab=24576, large_vocab=128000),
+    "gemma2": _Kind(_gemma2, causal_batch, layers=2, vocab=28672, large_vocab=128000),
+    "bert": _Kind(_bert, masked_batch, layers=2, vocab=30522, large_vocab=30522),
     "nanogpt": _Kind(_nanogpt, _nanogpt_batch, layers=4, vocab=16384, large_vocab=50304),
 }
 NAMES = tuple(_KINDS)
@@ -179,7 +182,9 @@ def build(
 
 
 def loss_of(output: Any) -> Tensor:
-    """The loss in what a model of this file returned."""
+    """The loss in what a benchmark's model returned."""
+    if isinstance(output, Tensor):
+        return output
     if isinstance(output, Mapping):
         return output["loss"]
     _logits, loss = output

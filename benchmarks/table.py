@@ -46,14 +46,14 @@ def _cost(records: Records) -> str:
             [
                 f"{model} (tiny)" if tiny else model,
                 case,
-                *(_failure(peaks[c]) or _number(n and n / 2**20, ".1f") for c, n in nbytes.items()),
-                _number(gain, ".1f"),
-                *(_number(peaks[c].get("compile_s"), ".0f") for c in ("inductor", "mst")),
-                *(_number(step_s.get(c), ".4g") for c in ("inductor", "mst")),
-                _failure(time) or _number(time.get("mst_over_inductor"), ".2f"),
+                *(_failure(peaks[c]) or number(n and n / 2**20, ".1f") for c, n in nbytes.items()),
+                number(gain, ".1f"),
+                *(number(peaks[c].get("compile_s"), ".0f") for c in ("inductor", "mst")),
+                *(number(step_s.get(c), ".4g") for c in ("inductor", "mst")),
+                _failure(time) or number(time.get("mst_over_inductor"), ".2f"),
             ]
         )
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _error(records: Records) -> str:
@@ -63,12 +63,12 @@ def _error(records: Records) -> str:
     for key, record in records.items():
         if key.startswith("error/"):
             cells = [
-                _failure(record) or _number(record.get(contender, {}).get(what), ".1e")
+                _failure(record) or number(record.get(contender, {}).get(what), ".1e")
                 for what in ("worst", "loss")
                 for contender in ("eager", "inductor", "mst")
             ]
             rows.append([*key.split("/")[1:], *cells])
-    return _table(header, rows)
+    return table(header, rows)
 
 
 TITLES = {
@@ -106,12 +106,12 @@ def readme_cost(results: dict[str, Any]) -> str:
                     case.replace("x", " x "),
                     *(f"{nbytes / 2**20:,.0f}" for nbytes in peaks),
                     f"**{peaks[1] / peaks[0]:.2f}x**",
-                    _number(time.get("mst_over_inductor"), ".2f"),
+                    number(time.get("mst_over_inductor"), ".2f"),
                     f"{compiles[1] / compiles[0]:.2f}",
                 ]
             )
     header = ("model", "layers x hidden, vocabulary", "batch x tokens", "Inductor MiB", "mst MiB")
-    return _table((*header, "peak", "time per step", "compile time"), rows)
+    return table((*header, "peak", "time per step", "compile time"), rows)
 
 
 def readme_errors(results: dict[str, Any]) -> str:
@@ -123,9 +123,9 @@ def readme_errors(results: dict[str, Any]) -> str:
         found = {k.split("/")[3]: r for k, r in records.items() if k.startswith(f"error/{model}/")}
         if found:
             pairs = [[found.get(m, {}).get(c, {}) for c in ("mst", "inductor")] for m in modes]
-            cells = (" / ".join(_number(r.get("worst"), ".2e") for r in pair) for pair in pairs)
+            cells = (" / ".join(number(r.get("worst"), ".2e") for r in pair) for pair in pairs)
             rows.append([title, *cells])
-    return _table(("worst gradient error, mst / Inductor", *modes), rows)
+    return table(("worst gradient error, mst / Inductor", *modes), rows)
 
 
 def write_readme(results: dict[str, Any], path: Path) -> None:
@@ -135,12 +135,15 @@ def write_readme(results: dict[str, Any], path: Path) -> None:
         ValueError: a marker is missing.
     """
     text = path.read_text()
-    for name, table in (("memory", readme_cost(results)), ("errors", readme_errors(results))):
+    for name, text_of_table in (
+        ("memory", readme_cost(results)),
+        ("errors", readme_errors(results)),
+    ):
         begin, end = f"<!-- table:{name} -->", f"<!-- /table:{name} -->"
         if begin not in text or end not in text:
             raise ValueError(f"{path} has no {begin} ... {end}")
         head, _, rest = text.partition(begin)
-        text = f"{head}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
+        text = f"{head}{begin}\n{text_of_table}\n{end}{rest.partition(end)[2]}"
     path.write_text(text)
 
 
@@ -151,11 +154,11 @@ def _failure(record: dict[str, Any]) -> str:
     return "out of memory" if "OutOfMemoryError" in record["failed"] else "failed"
 
 
-def _number(value: float | None, spec: str) -> str:
+def number(value: float | None, spec: str) -> str:
     return "" if value is None else format(value, spec)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     rows = list(rows)
     if not rows:
         return ""

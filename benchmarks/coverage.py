@@ -1,0 +1,339 @@
+"""The claim "any architecture": every architecture of the zoo in every mode, beside three others.
+
+    python -m benchmarks.coverage                    # everything; resumes where it stopped
+    python -m benchmarks.coverage --only llama,t5 --modes fp32,autocast --redo
+    python -m benchmarks.coverage --lowering eager --out found.json   # quick, for finding faults
+
+A row is one architecture in one mode, in a process of its own, without compile caches:
+    1. loss and gradients of the model in float64, eager;
+    2. for each contender (eager, Inductor, Inductor with its auto_chunker, mst with default
+       options): the first step, timed, its gradients against the float64 ones; then the peak of
+       intermediate memory of a later step (mstc/runtime/memory.py);
+    3. steps of all contenders in turns, for their times;
+    4. what mst reports: graphs, loops, refusals.
+A contender that fails leaves its error in the row, and the run goes on.
+
+Results go to benchmarks/results/coverage-cpu.json after every row. When the last is done,
+benchmarks/coverage_table.py makes docs/coverage.md of them.
+"""
+
+import argparse
+import copy
+import json
+import re
+import subprocess
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks import accuracy, coverage_table, measure, models, store, zoo
+from mstc import history
+from mstc.runtime.memory import measure_step
+
+MODES = ("fp32", "autocast", "checkpoint")
+EXPERT_MODES = (*MODES, "bf16")  # transformers' experts are one graph in bfloat16 weights alone
+CONTENDERS = ("eager", "inductor", "auto_chunker", "mst")
+SCALES = {"row": zoo.ROW, "tiny": zoo.TINY}
+RESULTS = measure.ROOT / "benchmarks" / "results" / "coverage-cpu.json"
+PAGE = measure.ROOT / "docs" / "coverage.md"
+_DEVICE = "cpu"
+_WITHOUT_INDUCTOR = {"inductor": "aot_eager", "mst": "mst_eager"}  # who stands in for whom
+_ROW_TIMEOUT_S = 900
+_TEXT = 700  # characters of an error that are kept
+
+
+# --- a row, in its own process
+
+
+def row(job: dict[str, Any]) -> dict[str, Any]:
+    """One architecture in one mode."""
+    begin = time.perf_counter()
+    architecture, scale = zoo.ZOO[job["architecture"]], SCALES[job["scale"]]
+    try:
+        subject = architecture.subject(scale)
+        if job["mode"] == "bf16":
+            subject = _in_bfloat16(subject)
+        truth = _Truth(architecture, subject)
+        if job["mode"] == "checkpoint":
+            zoo.checkpoint(architecture, subject.model)
+    except zoo.Unavailable as reason:
+        return {"skipped": str(reason)}
+    autocast = job["mode"] == "autocast"
+    result: dict[str, Any] = {"sizes": asdict(architecture.at(scale)), "contenders": {}}
+    if architecture.experts:
+        result["routing"] = _compare_routing(subject, truth, autocast)
+
+    _let_dynamo_compile_everything()
+    if job["lowering"] == "inductor":
+        measure.warm_up_compiler()  # or the first contender would pay for it
+    steps: dict[str, Callable[[], Tensor]] = {}
+    for name in job["contenders"]:
+        compiler = _compiler(name, job["lowering"])
+        try:
+            compiled = architecture.compile(subject.model, compiler)
+            step = measure.training_step(compiled, subject.batch, autocast)
+            result["contenders"][name] = _first_steps(step, subject, truth, name)
+            steps[name] = step
+        except Exception as error:
+            result["contenders"][name] = {"failed": _text_of(error)}
+    _take_turns(steps, subject, job["rounds"], result["contenders"])
+    result["reports"] = [_plain_report(report) for report in history.reports()]
+    result["seconds"] = round(time.perf_counter() - begin, 1)
+    return result
+
+
+def _in_bfloat16(subject: models.Subject) -> models.Subject:
+    """Weights and images rounded; the reference starts from the rounded ones."""
+    for parameter in subject.model.parameters():
+        # Not the buffers: from_pretrained leaves rotary frequencies in float32 too.
+        parameter.data = parameter.data.bfloat16()
+    batch = {name: _converted(value, torch.bfloat16) for name, value in subject.batch.items()}
+    return models.Subject(subject.model, batch)
+
+
+class _Truth:
+    """Loss and gradients of a copy in float64."""
+
+    def __init__(self, architecture: zoo.Architecture, subject: models.Subject) -> None:
+        self.model = copy.deepcopy(subject.model).double()
+        self.batch = {n: _converted(value, torch.float64) for n, value in subject.batch.items()}
+        with accuracy.Float64():
+            self.loss = measure.training_step(self.model, self.batch)()
+        assert self.loss.dtype == torch.float64, self.loss.dtype
+        self.gradients = accuracy.gradients(self.model)
+
+
+def _converted(value: Any, dtype: torch.dtype) -> Any:
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(dtype) if floating else value
+
+
+def _compare_routing(subject: models.Subject, truth: _Truth, autocast: bool) -> dict[str, int]:
+    """Do routers choose in this mode as they do in float64? (see benchmarks/zoo/routing.py)"""
+    with torch.no_grad(), zoo.Routing() as true, accuracy.Float64():
+        truth.model(**truth.batch)
+    cast = torch.autocast(_DEVICE, torch.bfloat16, enabled=autocast)
+    with torch.no_grad(), zoo.Routing() as own, cast:
+        subject.model(**subject.batch)
+    return {"decisions": true.decisions, "differing": own.differing(true)}
+
+
+def _let_dynamo_compile_everything() -> None:
+    """No limit is reached, behind which Dynamo would quietly run a model op by op."""
+    config: Any = torch._dynamo.config
+    config.recompile_limit = 256
+    config.accumulated_recompile_limit = 4096
+    config.fail_on_recompile_limit_hit = True
+
+
+def _compiler(name: str, lowering: str) -> Callable[[Any], Callable[..., Any]]:
+    contender = _WITHOUT_INDUCTOR.get(name, name) if lowering == "eager" else name
+    return lambda model: measure.compiled(model, contender)
+
+
+def _first_steps(
+    step: Callable[[], Tensor], subject: models.Subject, truth: _Truth, name: str
+) -> dict[str, Any]:
+    """Compile (PyTorch's caches are switched off in a fresh process), compare, measure the peak.
+
+    Raises:
+        whatever the contender raises; RuntimeError if it compiled nothing.
+    """
+    counters: Any = torch._dynamo.utils.counters
+    counters.clear()
+    measure.clear_gradients(subject.model)
+    losses: list[Tensor] = []
+    compile_s = measure.seconds(lambda: losses.append(step()), _DEVICE)
+    gradients = accuracy.gradients(subject.model)
+    measure.clear_gradients(subject.model)
+    step()  # a second step, so that nothing is made or tuned while measuring
+    trace = measure_step(step, subject.model.parameters(), _DEVICE)
+    graphs = counters["stats"]["unique_graphs"]
+    if name != "eager" and not graphs:
+        raise RuntimeError("nothing was compiled")
+    return {
+        "compile_s": round(compile_s, 2),
+        "peak_intermediate_nbytes": trace.peak_intermediate_nbytes,
+        "error": accuracy.floored_error(gradients, truth.gradients),
+        "loss_error": float((losses[0].double() - truth.loss).abs() / truth.loss.abs()),
+        "graphs": graphs,
+        "graph_breaks": sum(counters["graph_break"].values()),
+    }
+
+
+def _take_turns(
+    steps: dict[str, Callable[[], Tensor]],
+    subject: models.Subject,
+    rounds: int,
+    contenders: dict[str, Any],
+) -> None:
+    """Add the seconds of each round to the contenders, and what was compiled meanwhile."""
+    if not rounds:
+        return
+    counters: Any = torch._dynamo.utils.counters
+    counters.clear()
+    times = measure.alternate(steps, subject.model, _DEVICE, rounds, warm_up=1)
+    for name, values in times.items():
+        contenders[name]["rounds_s"] = [round(value, 5) for value in values]
+    if late := counters["stats"]["unique_graphs"]:
+        for name in times.keys() - {"eager"}:
+            contenders[name]["note"] = f"{late} graphs were compiled while steps were timed"
+
+
+def _plain_report(report: Any) -> dict[str, Any]:
+    """A report without its tables; equal refusals once, with their number and largest size."""
+    entry = json.loads(report.to_json())
+    for graph in entry["graphs"]:
+        del graph["table"], graph["table_after"]
+        graph["refusals"] = _folded(graph["refusals"])
+    entry["refusals"] = _folded(entry["refusals"])
+    return entry
+
+
+def _folded(refusals: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    counts = Counter((r["subject"], r["reason"], r["source"]) for r in refusals)
+    largest: dict[tuple[str, str, str], int] = {}
+    for r in refusals:
+        key = (r["subject"], r["reason"], r["source"])
+        largest[key] = max(largest.get(key, 0), r["nbytes"])
+    names = ("subject", "reason", "source")
+    return [
+        dict(zip(names, key, strict=True)) | {"nbytes": largest[key], "count": count}
+        for key, count in counts.items()
+    ]
+
+
+def _text_of(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return _shortened(f"{type(error).__name__}: {error}"[:_TEXT] + where)
+
+
+def _shortened(text: str) -> str:
+    """Without the folders of this machine."""
+    text = re.sub(r"/[^\s\"':]*/site-packages/", "", text)
+    return re.sub(r"/[^\s\"':]+/(?=[^/\s\"':]+\.\w+)", "", text)
+
+
+# --- the run
+
+
+def _commit() -> str:
+    """The commit that is measured, with a "+" if the sources have changed since."""
+
+    def git(*arguments: str) -> str:
+        command = ("git", *arguments)
+        done = subprocess.run(
+            command, cwd=measure.ROOT, capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "mstc", "passes", "benchmarks/*.py")
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if changed else "")
+
+
+def _jobs(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key in the results, job), architecture by architecture."""
+    common = {"lowering": options.lowering, "scale": options.scale, "rounds": options.rounds}
+    for name in options.only:
+        for mode in options.modes or (EXPERT_MODES if zoo.ZOO[name].experts else MODES):
+            job = {"architecture": name, "mode": mode, "contenders": options.contenders}
+            yield f"{name}/{mode}", common | job
+
+
+def _is_wanted(record: dict[str, Any] | None, options: argparse.Namespace) -> bool:
+    if record is None or options.redo:
+        return True
+    return options.retry_failed and coverage_table.has_failed(record)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    def names(text: str) -> list[str]:
+        return text.split(",")
+
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.coverage", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--only", type=names, default=list(zoo.ZOO), metavar="NAME,...")
+    parser.add_argument(
+        "--modes",
+        type=names,
+        metavar="MODE,...",
+        help=f"default: {', '.join(MODES)}, and bf16 for mixtures of experts",
+    )
+    parser.add_argument("--contenders", type=names, help="default: all that the lowering has")
+    parser.add_argument("--rounds", type=int, default=5, help="of timing, after one to warm up")
+    parser.add_argument(
+        "--lowering",
+        choices=("inductor", "eager"),
+        default="inductor",
+        help="eager: graphs run op by op, beside aot_eager in Inductor's place",
+    )
+    parser.add_argument("--scale", choices=tuple(SCALES), default="row", help="tiny: for tests")
+    parser.add_argument("--redo", action="store_true", help="also rows that the results have")
+    parser.add_argument("--retry-failed", action="store_true", help="also rows with a failure")
+    parser.add_argument(
+        "--force", action="store_true", help="drop results of other versions or sizes"
+    )
+    parser.add_argument("--out", type=Path, help=f"default: {RESULTS.relative_to(measure.ROOT)}")
+    options = parser.parse_args(arguments)
+    known_contenders = [
+        c for c in CONTENDERS if not (c == "auto_chunker" and options.lowering == "eager")
+    ]
+    options.contenders = options.contenders or known_contenders
+    for given, known in (
+        (options.only, zoo.ZOO),
+        (options.modes or (), EXPERT_MODES),
+        (options.contenders, known_contenders),
+    ):
+        if unknown := set(given) - set(known):
+            parser.error(f"unknown: {', '.join(sorted(unknown))} (known: {', '.join(known)})")
+    if options.out is None:
+        if options.lowering != "inductor" or options.scale != "row":
+            parser.error("--out is needed with --lowering eager or --scale tiny")
+        options.out = RESULTS
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    if measure.serve(row, arguments):
+        return 0
+    options = _parse(arguments)
+    header = measure.environment(_DEVICE) | {
+        "date": date.today().isoformat(),
+        "lowering": options.lowering,
+        "scale": asdict(SCALES[options.scale]),
+    }
+    results = store.load(options.out, header, options.force)
+    records, commit = results["records"], _commit()
+    todo = [(key, job) for key, job in _jobs(options) if _is_wanted(records.get(key), options)]
+    progress = tqdm(todo, unit="row")
+    for key, job in progress:
+        progress.set_postfix_str(key)
+        stamp = {"commit": commit, "date": date.today().isoformat()}
+        try:
+            found = measure.run_fresh("benchmarks.coverage", job, timeout_s=_ROW_TIMEOUT_S)
+        except measure.WorkerFailed as problem:
+            found = {"failed": _shortened(str(problem)[-_TEXT:])}
+        records[key] = stamp | found
+        store.save(options.out, results)
+        for name, text in coverage_table.failures(found).items():
+            progress.write(f"{key} {name}: {text}")
+    print(coverage_table.summary(results))
+    if options.out == RESULTS:
+        PAGE.write_text(coverage_table.page(results))
+    return 1 if any(coverage_table.failures(records[key]) for key, _ in todo) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

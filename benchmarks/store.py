@@ -1,0 +1,34 @@
+"""Results of a benchmark in one JSON file, which an interrupted run leaves whole.
+
+A file is a header (what a figure depends on beside the code) and `records` by key.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def load(path: Path, header: dict[str, Any], force: bool = False) -> dict[str, Any]:
+    """Earlier records, if they were made under the same header; its date may differ.
+
+    Raises:
+        SystemExit: another header, and not `force`, with which the records are dropped.
+    """
+    if not path.exists():
+        return header | {"records": {}}
+    earlier = json.loads(path.read_text())
+    changed = [key for key in header if key != "date" and earlier.get(key) != header[key]]
+    if not changed:
+        return header | {"records": earlier["records"]}
+    if force:
+        return header | {"records": {}}
+    raise SystemExit(f"{path} was measured with other {', '.join(changed)}: --force or --out")
+
+
+def save(path: Path, results: dict[str, Any]) -> None:
+    """Replace the file in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(partial, path)
