@@ -236,6 +236,8 @@ class _BodyBuilder:
             roots.extend(node.all_input_nodes if kind == "matmul" else [node])
         order = self.order(roots)
         boundary = [n for n in order if not self.computed(n)]
+        if not boundary:
+            raise BodyError("it reads no tensor")
         for node in boundary:
             if self.is_symbolic(node):
                 raise BodyError(f"{op_name(node)} reads a size that is known at run time only")

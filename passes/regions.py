@@ -16,11 +16,12 @@ Algorithm, for every seed, widest first, and every axis of it, fewest weights fi
     2. Add the consumers of wide nodes: where values get small again, or become sums over the axis
        (*partial*).
     3. Close the forward and the backward part under paths. A node on such a path that cannot be
-       split cuts the region: what depends on it leaves, and the cut is remembered as a refusal.
+       split cuts the region: what depends on it in the same direction leaves, and so does what
+       reads that in the other; the cut is remembered as a refusal.
     4. Absorb consumers while the bytes that leave shrink (two gradients that are added leave as
        one).
-    5. Keep the region if what is inside is larger than what leaves, and what leaves in either
-       direction is again narrower than the seed.
+    5. Keep the region if what is inside is larger than what leaves, and either what leaves in both
+       directions is again narrower than the seed, or far more stays inside than leaves.
 
 Every node of a region is parallel along the axis, or a sum over it whose result nobody inside
 reads. By induction over the nodes, the loop's slices are the slices of the unchunked values, and
@@ -51,6 +52,7 @@ from passes.records import Refusal, Region
 from passes.source import hint, nbytes, op_name, source_of
 
 AMPLIFY = 1.25  # a seed is at least this much wider than what it is made from
+_MUCH = 3  # times what leaves, a region pays even if what leaves is as wide as the seed
 _LOOKAHEAD = (
     8  # nodes that may be absorbed together because the last of them makes the output smaller
 )
@@ -148,7 +150,10 @@ class _Split:
         if node not in self._origins:
             own = self._origins[node] = self.width(node)
             if is_cheap(node):
-                made = sum(self.origin(i) for i in node.all_input_nodes if self.is_split(i))
+                made = sum(
+                    self.origin(i) if self.is_split(i) else self.width(i)
+                    for i in node.all_input_nodes
+                )
                 if made * RATIO <= own:
                     self._origins[node] = made
         return self._origins[node]
@@ -244,8 +249,7 @@ class RegionFinder:
         self.hopeless |= {(n, split.axis) for n in wide}
         for node in wide:
             region |= {u for u in node.users if u.op == "call_function" and self._joins(u, split)}
-        obstacle = self._close(region, split)
-        self._drop_unconnected(region, seed)
+        obstacle = self._close(region, seed, split)
         if seed not in region:
             assert obstacle is not None
             return self._refuse(seed, obstacle, split)
@@ -260,7 +264,8 @@ class RegionFinder:
             ),
             default=0,
         )
-        if inside <= out or inside < self.min_bytes or phase_out * AMPLIFY > split.width(seed):
+        as_wide = phase_out * AMPLIFY > split.width(seed) and inside < _MUCH * out
+        if inside <= out or inside < self.min_bytes or as_wide:
             return self._refuse(seed, obstacle or self._outlet(leaving, region, split), split)
         return Region(
             axis=split.axis,
@@ -317,7 +322,7 @@ class RegionFinder:
         before = reach(self.flow.predecessors)
         return (after & before) - part
 
-    def _close(self, region: set[Node], split: _Split) -> Node | None:
+    def _close(self, region: set[Node], seed: Node, split: _Split) -> Node | None:
         """Make both parts convex in place; the node that cut the region, if one did."""
         obstacle: Node | None = None
         while True:
@@ -335,12 +340,15 @@ class RegionFinder:
                 continue
             first = min(bad, key=self.order.__getitem__)
             obstacle = obstacle or first
-            late = {first, *nx.descendants(self.flow, first)}
-            if not region & late:
+            # the other direction runs in a loop of its own: there only what reads these leaves
+            late = {first, *nx.descendants(self.flow, first)} & region
+            gone = {n for n in late if (n in self.tangent) == (first in self.tangent)}
+            if not gone:
                 raise AssertionError(
                     f"{first} lies between nodes of a region and none depends on it"
                 )
-            region -= late
+            region -= gone | {n for n in late if gone.intersection(n.all_input_nodes)}
+            self._drop_unconnected(region, seed)
 
     def _apart(self, region: set[Node], split: _Split) -> set[Node]:
         """What belongs to nodes of several outputs: these and the nodes that pick one stay
@@ -425,7 +433,7 @@ class RegionFinder:
                     front = [u for u in consumers if split.is_split(u)]
                     if boundary(grown) < before:
                         trial = set(grown)
-                        if self._close(trial, split) is None and boundary(trial) < before:
+                        if self._close(trial, start, split) is None and boundary(trial) < before:
                             region |= trial
                             improved = True
                             break

@@ -23,7 +23,7 @@ from __future__ import annotations
 from torch.fx import Graph, Node
 
 from passes.axes import Axes, analyze_axes
-from passes.rules import find_rule
+from passes.rules import find_rule, is_creation
 from passes.rules.shape import cut
 from passes.source import nbytes
 
@@ -71,8 +71,11 @@ def _with_cuts(graph: Graph, cuts: dict[tuple[Node, Node], int]) -> Graph:
         if dim is None:
             return copied[operand]
         if (operand, dim) not in made:
-            node = new.call_function(cut, (copied[operand], dim))
-            node.meta = dict(operand.meta)
+            if is_creation(operand):  # a constant has axes of its own wherever it is made
+                node = new.node_copy(operand, copied.__getitem__)
+            else:
+                node = new.call_function(cut, (copied[operand], dim))
+                node.meta = dict(operand.meta)
             made[(operand, dim)] = node
         return made[(operand, dim)]
 
