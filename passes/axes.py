@@ -4,9 +4,9 @@ Terms
     axis       an *atomic* axis: an index space with a size. Named by an integer.
     product    an ordered tuple of axes, outermost first: what one dim of a tensor is made of, as in
                einops' ``(b s) h``. A dim of size one is the empty product.
-    copy       an axis of its own for one reader of a tensor, where the same positions play two roles
-               (queries and keys of attention): see `passes.roles`. A copy and what it is a copy of
-               are kept apart: they are never unified.
+    copy       an axis of its own for one reader of a tensor, where the same positions play two
+               roles (queries and keys of attention): see `passes.roles`. A copy and what it is a
+               copy of are kept apart: they are never unified.
     role       what an op does along an axis: ``parallel`` (the op on slices is the slice of the
                op), ``sum`` (the op adds over the axis) or ``entangled`` (anything else, so no loop
                may run along it).
@@ -198,7 +198,7 @@ class OpAxes:
     outputs: tuple[Dims | None, ...]  # one per output tensor; None for an output that is no tensor
     summed: tuple[Product, ...] = ()  # the op adds over these
     entangled: tuple[Product, ...] = ()  # the op mixes positions of these
-    partial: tuple[tuple[Product, ...], ...] = ()  # per output: axes that it lacks and is a sum over
+    partial: tuple[tuple[Product, ...], ...] = ()  # per output: it lacks and sums over these
     opaque: bool = False  # no rule: every axis of the op is entangled
 
 

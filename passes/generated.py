@@ -26,6 +26,7 @@ from passes.liveness import phases
 from passes.source import nbytes
 
 RATIO = 8  # a generated value is at least this many times larger than what it is made from
+PER_ELEMENT = 8  # bytes: a mask of bits is as much in the way as what it masks
 NARROW = 64  # what is this many times smaller is not made again
 
 
@@ -88,7 +89,7 @@ def remake_generated(graph: Graph, *, min_bytes: int) -> Graph:
         if (
             is_cheap(node)
             and not rules.is_creation(node)
-            and nbytes(node.meta["val"]) >= min_bytes
+            and node.meta["val"].numel() * PER_ELEMENT >= min_bytes
             and (closure := _closure(node)) is not None
         ):
             closures[node] = closure

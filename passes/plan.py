@@ -132,10 +132,9 @@ class _Planner:
         if before.peak_bytes < self.options.min_peak_bytes:
             return self.untouched(before, start)
         chosen: dict[LoopPlan, Bodies] = {}
-        unlooped: ChunkedGraph | None = None
-        without_loops = before
-        if self.facts.rewrites:
-            unlooped, without_loops = ChunkedGraph(self.graph, ()), analyze_liveness(self.graph)
+        unlooped = ChunkedGraph(self.graph, ()) if self.facts.rewrites else None
+        changed = self.graph is not self.facts.original
+        without_loops = analyze_liveness(self.graph) if changed else before
         chunked, now, rest = unlooped, without_loops, list(self.regions)
         while True:
             at_peak = self.on_peak(now, rest)
@@ -147,11 +146,17 @@ class _Planner:
             chunked = self.rewrite(chosen)
             floor = analyze_liveness(chunked.graph)
             sized = {p: self.resize(p, b, floor) for p, b in chosen.items()}
-            if all(p.num_chunks > 1 for p in sized.values()):
+            if all(map(self.pays, sized.values())):
                 chunked = chunked.resized(sized)
                 chosen = {sized[p]: b for p, b in chosen.items()}
             else:
-                chosen = {sized[p]: b for p, b in chosen.items() if sized[p].num_chunks > 1}
+                for one in (p for p in sized.values() if not self.pays(p)):
+                    self.refuse(
+                        one.region,
+                        f"a chunk of at least {self.options.min_rows} rows would be all of it",
+                        "Smaller ones: options={'min_chunk_rows': ...}",
+                    )
+                chosen = {sized[p]: b for p, b in chosen.items() if self.pays(sized[p])}
                 if not chosen:
                     chunked, now = unlooped, without_loops
                     continue
@@ -203,10 +208,17 @@ class _Planner:
                 return None
         return LoopPlan(region, bodies.mode, region.length, 1), bodies
 
-    def refuse(self, region: Region, reason: str) -> None:
+    def refuse(self, region: Region, reason: str, advice: str = "") -> None:
+        seed = region.seed
         self.refusals.append(
-            Refusal(op_name(region.seed), reason, source_of(region.seed), region.inside_bytes)
+            Refusal(op_name(seed), reason, source_of(seed), region.inside_bytes, advice)
         )
+
+    @staticmethod
+    def pays(plan: LoopPlan) -> bool:
+        """Whether a loop does something: with a single chunk only if that makes the gradients, so
+        that nothing is kept for the backward."""
+        return plan.num_chunks > 1 or plan.mode == "gradient-in-forward"
 
     def resize(self, plan: LoopPlan, bodies: Bodies, floor: Liveness) -> LoopPlan:
         region = plan.region

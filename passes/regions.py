@@ -67,6 +67,30 @@ def _dataflow(graph: Graph) -> nx.DiGraph[Node]:
     return flow
 
 
+def _inputs_of_products(graph: Graph) -> set[Node]:
+    """The graph inputs that matrix products read: weights. A table of positions, which is only
+    added or multiplied, is none, so a token axis is no less a token axis for having one."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        if node.op != "call_function" or not rules.is_matmul(node):
+            continue
+        for operand in node.all_input_nodes:
+            while operand.op == "call_function" and _keeps_values(operand):
+                operand = operand.all_input_nodes[0]
+            if operand.op == "placeholder":
+                found.add(operand)
+    return found
+
+
+def _keeps_values(node: Node) -> bool:
+    """A view or a change of dtype."""
+    packet = getattr(node.target, "overloadpacket", None)
+    return bool(node.all_input_nodes) and (
+        rules.is_view(node)
+        or packet in (torch.ops.prims.convert_element_type, torch.ops.aten.clone)
+    )
+
+
 def symbol_hints(graph: Graph) -> dict[sympy.Basic, sympy.Integer]:
     """The hint of every size symbol that an input of the graph carries."""
     found: dict[sympy.Basic, sympy.Integer] = {}
@@ -143,7 +167,6 @@ class _Split:
             self._widths[node] = sum(map(nbytes, values)) / self.length
         return self._widths[node]
 
-
     def origin(self, node: Node) -> float:
         """The width of what a value is made from, if that is much narrower and the way cheap; else
         its own."""
@@ -157,7 +180,6 @@ class _Split:
                 if made * RATIO <= own:
                     self._origins[node] = made
         return self._origins[node]
-
 
     def is_generated(self, node: Node) -> bool:
         return is_cheap(node) and self.origin(node) < self.width(node)
@@ -182,16 +204,10 @@ class RegionFinder:
             set()
         )  # nodes that a failed attempt flooded, and its axis
         self.hints = symbol_hints(graph)
-        self.weights: dict[int, int] = {}  # axis -> how many float inputs have it
-        for node in graph.find_nodes(op="placeholder"):
-            value = node.meta.get("val")
-            if (
-                isinstance(value, torch.Tensor)
-                and value.is_floating_point()
-                and node not in self.tangent
-            ):
-                for axis in set(axes.axes(node)):
-                    self.weights[axis] = self.weights.get(axis, 0) + 1
+        self.weights: dict[int, int] = {}  # axis -> how many inputs of products have it
+        for node in _inputs_of_products(graph) - self.tangent:
+            for axis in set(axes.axes(node)):
+                self.weights[axis] = self.weights.get(axis, 0) + 1
 
     def find(self) -> tuple[list[Region], list[Refusal]]:
         regions: list[Region] = []

@@ -23,12 +23,12 @@ from __future__ import annotations
 from torch.fx import Graph, Node
 
 from passes.axes import Axes, analyze_axes
+from passes.generated import PER_ELEMENT
 from passes.rules import find_rule, is_creation
 from passes.rules.shape import cut
 from passes.source import nbytes
 
 _ROUNDS = 12
-_PER_ELEMENT = 8  # bytes: a comparison of positions is as worth cutting as what is made from it
 
 
 def _worth_it(reader: Node, min_bytes: int) -> bool:
@@ -36,15 +36,15 @@ def _worth_it(reader: Node, min_bytes: int) -> bool:
     values = value if isinstance(value, (tuple, list)) else (value,)
     operands = [i.meta.get("val") for i in reader.all_input_nodes]
     return any(
-        nbytes(v) // v.element_size() * _PER_ELEMENT >= min_bytes
+        nbytes(v) // v.element_size() * PER_ELEMENT >= min_bytes
         for v in (*values, *operands)
         if v is not None and nbytes(v)
     )
 
 
 def separate(graph: Graph, *, min_bytes: int) -> tuple[Graph, Axes]:
-    """A graph in which positions in two roles are two axes, and its axis analysis; `graph` itself if
-    there are none.
+    """A graph in which positions in two roles are two axes, and its axis analysis; `graph` itself
+    if there are none.
 
     Args:
         graph: a functional aten graph; left as it is.

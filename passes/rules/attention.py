@@ -3,9 +3,9 @@
 Along the queries the op is parallel: every query sees all keys. Their gradients are so too, and the
 gradients of keys and values are sums over the queries. Batch and heads are parallel for all.
 
-Not handled: attention that is told to be causal, where a slice of queries would begin somewhere else
-(nothing of queries x keys is in memory there); dropout inside the kernel; kernels whose statistics
-are padded.
+Not handled: attention that is told to be causal, where a slice of queries would begin somewhere
+else (nothing of queries x keys is in memory there); dropout inside the kernel; kernels whose
+statistics are padded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 
 def is_deterministic(node: Node) -> bool:
-    """Whether a fused attention drops nothing; its kernels are tagged as random for their dropout."""
+    """Whether a fused attention drops nothing: kernels are tagged as random for their dropout."""
     target = node.target
     assert isinstance(target, torch._ops.OpOverload)
     return target.overloadpacket in RULES and argument(node, "dropout_p") == 0
@@ -52,7 +52,7 @@ def _aligned(call: OpCall) -> tuple[Dims, Dims, Dims] | None:
 
 def _roles_are_apart(call: OpCall) -> bool:
     """Whether queries and keys are different axes; asks for a copy where they are not."""
-    query = {a for a in _operand(call, "query")[2]}
+    query = set(_operand(call, "query")[2])
     shared = False
     for name in ("key", "value"):
         if query & set(_operand(call, name)[2]):

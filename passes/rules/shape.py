@@ -99,9 +99,7 @@ def copied(call: OpCall) -> OpAxes:
     dims = call.dims(call.node.args[0])
     dim = dim_at(call.node)
     made = call.table.copy(dims[dim])
-    return OpAxes(
-        ((*dims[:dim], made, *dims[dim + 1 :]),), entangled=(dims[dim], made)
-    )
+    return OpAxes(((*dims[:dim], made, *dims[dim + 1 :]),), entangled=(dims[dim], made))
 
 
 def dim_at(node: Node) -> int:
@@ -169,6 +167,14 @@ def pad(call: OpCall) -> OpAxes:
     return OpAxes((out,), entangled=changed)
 
 
+def unbind(call: OpCall) -> OpAxes:
+    """One output per position of `dim`; the other dims pass through."""
+    dims = call.dims(call.node.args[0])
+    dim = dim_of(call.node, len(dims))
+    rest = (*dims[:dim], *dims[dim + 1 :])
+    return OpAxes((rest,) * len(call.outputs), entangled=(dims[dim],))
+
+
 def slice_scatter(call: OpCall) -> OpAxes | None:
     """Along `dim` the source lands in a piece; the other dims align."""
     base, source = (call.dims(a) for a in call.node.args[:2])
@@ -189,6 +195,7 @@ RULES: dict[object, Rule] = {
     aten.split: split,
     aten.split_with_sizes: split,
     aten.select: select,
+    aten.unbind: unbind,
     aten.cat: cat,
     aten.constant_pad_nd: pad,
     aten.slice_scatter: slice_scatter,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import mstc
 from mstc.runtime.memory import measure_peak
 from passes.causal import drop_causal_masks
+from tests.models import fresh_compiler  # noqa: F401  (an autouse fixture)
 from tests.passes.graphs import run_graph, trace
 
 LENGTH = 24

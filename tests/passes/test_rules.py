@@ -49,8 +49,8 @@ def loops_over(axes: Axes, node: Any, axis: int) -> bool:
         return False
     per_output = [
         sum(p.count(axis) for p in dims)
-        for dims in (axes.output_dims(node) or ())
-        if dims is not None
+        for i, dims in enumerate(axes.output_dims(node) or ())
+        if dims is not None and (axis,) not in axes.partial(node, i)
     ]
     if any(axes.axes(i).count(axis) > 1 for i in node.all_input_nodes):
         return False
@@ -381,6 +381,37 @@ def slice_scatter(draw: Draw) -> Call:
     return aten.slice_scatter.default, (real(*shape), real(*part), dim, start, end), {}
 
 
+def unbind(draw: Draw) -> Call:
+    shape = shape_of(draw)
+    return aten.unbind.int, (real(*shape), a_dim(draw, len(shape))), {}
+
+
+def cut(draw: Draw) -> Call:
+    shape = shape_of(draw)
+    return rules.shape.cut, (real(*shape), draw(st.integers(0, len(shape) - 1))), {}
+
+
+def attention(*, backward: bool) -> Callable[[Draw], Call]:
+    def call(draw: Draw) -> Call:
+        batch, heads, queries, keys, features = (draw(SIZES) for _ in range(5))
+        query = real(batch, heads, queries, features)
+        key, value = (real(batch, heads, keys, features) for _ in range(2))
+        causal = draw(st.booleans())
+        named: dict[str, Any] = {"scale": 0.7}
+        if not causal and draw(st.booleans()):
+            sizes = (batch, heads, queries, keys)
+            named["attn_mask"] = real(*(s if draw(st.booleans()) else 1 for s in sizes))
+        forward = aten._scaled_dot_product_flash_attention_for_cpu.default
+        if not backward:
+            return forward, (query, key, value, 0.0, causal), named
+        out, statistics = forward(query, key, value, 0.0, causal, **named)
+        op = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+        grad = real(*out.shape)
+        return op, (grad, query, key, value, out, statistics, 0.0, causal), named
+
+    return call
+
+
 def creation(packet: Any) -> Callable[[Draw], Call]:
     def call(draw: Draw) -> Call:
         shape = shape_of(draw)
@@ -575,6 +606,8 @@ CALLS: dict[object, Callable[[Draw], Call]] = {
     aten.split: split,
     aten.split_with_sizes: split_with_sizes,
     aten.select: select,
+    aten.unbind: unbind,
+    rules.shape.cut: cut,
     aten.cat: cat,
     aten.constant_pad_nd: pad,
     aten.slice_scatter: slice_scatter,
@@ -634,6 +667,9 @@ CALLS: dict[object, Callable[[Draw], Call]] = {
     aten.embedding: embedding,
     aten.index_select: index_select,
     aten.index: index_tensor,
+    # attention
+    aten._scaled_dot_product_flash_attention_for_cpu: attention(backward=False),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: attention(backward=True),
 }
 
 # Table entries that may never loop along an axis of their own.
