@@ -213,7 +213,12 @@ class _Prover:
             return _number(arg)
         if arg not in self.known:
             self.known[arg] = None  # while it is looked at
-            self.known[arg] = self.made(arg)
+            made = self.made(arg)
+            if made is not None:
+                # a dim of size one has one coordinate, zero, and keeps it where it is stretched
+                sizes = [as_size(s) for s in arg.meta["val"].shape]
+                made = _moved(made, lambda dim: -1 if sizes[dim] == 1 else dim)
+            self.known[arg] = made
         return self.known[arg]
 
     def operand(self, node: Node, position: int) -> _Value | None:

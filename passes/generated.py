@@ -37,6 +37,7 @@ def is_cheap(node: Node) -> bool:
     return (
         rules.is_pointwise(node)
         or rules.is_creation(node)
+        or rules.is_positions(node)
         or rules.is_gather(node)
         or (rules.is_view(node) and all(is_tensor(i) for i in node.all_input_nodes[:1]))
     )
@@ -53,6 +54,7 @@ def _closure(value: Node) -> list[Node] | None:
     found: set[Node] = set()
     small: set[Node] = set()
     stack = [value]
+    made_from = 0
     while stack:
         node = stack.pop()
         if node in found or node in small:
@@ -60,15 +62,15 @@ def _closure(value: Node) -> list[Node] | None:
         size = node.meta.get("val")
         if not isinstance(size, torch.Tensor):
             continue  # a size
-        if node is not value and size.numel() * size.element_size() <= whole / NARROW:
+        narrow = size.numel() * size.element_size() <= whole / NARROW
+        if node is not value and (narrow or not is_cheap(node)):
             small.add(node)
+            made_from += nbytes(size)
+            if made_from > whole / RATIO:
+                return None
             continue
-        if not is_cheap(node):
-            return None
         found.add(node)
         stack.extend(node.all_input_nodes)
-    if sum(nbytes(n.meta["val"]) for n in small) > whole / RATIO:
-        return None
     return [n for n in value.graph.nodes if n in found]
 
 

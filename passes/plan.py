@@ -4,12 +4,13 @@ Algorithm
     1. Predict memory over the step (`passes.liveness`). If the peak is below `min_peak_bytes`,
        nothing is done.
     2. Choose every region with values alive at the peak; rewrite; predict again; repeat until no
-       further region stands at the peak. A region that is off the peak is left alone, so short
-       sequences run untouched.
+       further region stands at the peak, and take the first of these plans that is as good as the
+       best. A region that is off the peak is left alone, so short sequences run untouched.
     3. Gradient-in-forward where it can be proven (`passes.modes`), recompute otherwise.
     4. Chunk size: as large as adds at most `TRANSIENT_SHARE` to what is left at the peak without
        any chunk alive, and never below the rows at which matrix units are still busy (`min_rows`).
-       The number of chunks is rounded so that chunks are equal where a divisor is near.
+       The number of chunks is rounded so that chunks are equal where a divisor is near. In a deep
+       model that may be one: what the layer makes is then small beside what all layers keep.
     5. Keep the plan only if the predicted peak falls by at least `MIN_GAIN`.
 
 Chunk sizes are in positions of the loop axis; `min_rows` is in rows of the matrix products (tokens
@@ -35,6 +36,7 @@ from passes.source import hint, nbytes, op_name, source_of
 
 TRANSIENT_SHARE = 0.10  # of the peak that stays, how much a chunk may add
 MIN_GAIN = 0.05  # of the predicted peak, below which the graph is left alone
+WORTH_A_ROUND = 1.02  # of the lowest predicted peak, up to which a plan with fewer loops is better
 AT_PEAK = 0.02  # of the peak, below which a region counts as off it
 
 
@@ -72,6 +74,11 @@ def _rows_per_position(region: Region) -> int:
     columns = hint(value.shape[-1]) or 1 if value.dim() else 1
     total = nbytes(value) // value.element_size()
     return max(1, total // max(1, columns) // region.length)
+
+
+def _kind(region: Region) -> object:
+    """What equal layers have in common."""
+    return op_name(region.seed), source_of(region.seed), region.length, bool(region.backward)
 
 
 def even_chunk(length: int, wanted: int, least: int) -> int:
@@ -136,6 +143,7 @@ class _Planner:
         changed = self.graph is not self.facts.original
         without_loops = analyze_liveness(self.graph) if changed else before
         chunked, now, rest = unlooped, without_loops, list(self.regions)
+        rounds: list[tuple[dict[LoopPlan, Bodies], Liveness]] = [({}, now)]
         while True:
             at_peak = self.on_peak(now, rest)
             rest = [r for r in rest if r not in at_peak]
@@ -146,22 +154,14 @@ class _Planner:
             chunked = self.rewrite(chosen)
             floor = analyze_liveness(chunked.graph)
             sized = {p: self.resize(p, b, floor) for p, b in chosen.items()}
-            if all(map(self.pays, sized.values())):
-                chunked = chunked.resized(sized)
-                chosen = {sized[p]: b for p, b in chosen.items()}
-            else:
-                for one in (p for p in sized.values() if not self.pays(p)):
-                    self.refuse(
-                        one.region,
-                        f"a chunk of at least {self.options.min_rows} rows would be all of it",
-                        "Smaller ones: options={'min_chunk_rows': ...}",
-                    )
-                chosen = {sized[p]: b for p, b in chosen.items() if self.pays(sized[p])}
-                if not chosen:
-                    chunked, now = unlooped, without_loops
-                    continue
-                chunked = self.rewrite(chosen)
+            chunked = chunked.resized(sized)
+            chosen = {sized[p]: b for p, b in chosen.items()}
             now = self.with_bodies(chunked)
+            rounds.append((dict(chosen), now))
+        best = WORTH_A_ROUND * min(live.peak_bytes for _, live in rounds)
+        kept, now = next(one for one in rounds if one[1].peak_bytes <= best)
+        if len(kept) < len(chosen):
+            chosen, chunked = kept, self.rewrite(dict(kept)) if kept else unlooped
         after = now.peak_bytes - now.gradient_bytes
         if chunked is None or now.peak_bytes > (1 - MIN_GAIN) * before.peak_bytes:
             return self.untouched(before, start)
@@ -174,20 +174,28 @@ class _Planner:
         return Planned(Plan((), (), self.relevant(before), start, start, before, before), None)
 
     def relevant(self, before: Liveness) -> tuple[Refusal, ...]:
-        """Refusals large enough to matter; equal ones once."""
+        """Refusals large enough to matter; those of equal layers are one."""
+        together: dict[tuple[str, str, str], Refusal] = {}
+        for one in self.refusals:
+            key = one.subject, one.reason, one.source
+            known = together.get(key)
+            together[key] = one if known is None else replace(one, nbytes=known.nbytes + one.nbytes)
         limit = AT_PEAK * before.peak_bytes
-        kept = {(r.subject, r.reason, r.source): r for r in self.refusals if r.nbytes >= limit}
-        return tuple(sorted(kept.values(), key=lambda r: -r.nbytes))
+        kept = [r for r in together.values() if r.nbytes >= limit]
+        return tuple(sorted(kept, key=lambda r: -r.nbytes))
 
     def on_peak(self, now: Liveness, regions: list[Region]) -> list[Region]:
         alive: dict[str, int] = {}
         for buffer in now.at(now.peak_step):
             alive[buffer.node] = alive.get(buffer.node, 0) + buffer.nbytes
-        found: list[Region] = []
-        for region in regions:
-            if sum(alive.get(n.name, 0) for n in region.nodes) >= AT_PEAK * now.peak_bytes:
-                found.append(region)
-        return found
+        # equal layers together: each of a hundred is a small part of the peak
+        own = {r: sum(alive.get(n.name, 0) for n in r.nodes) for r in regions}
+        together: dict[object, int] = {}
+        for region, nbytes_alive in own.items():
+            kind = _kind(region)
+            together[kind] = together.get(kind, 0) + nbytes_alive
+        limit = AT_PEAK * now.peak_bytes
+        return [r for r in regions if own[r] and together[_kind(r)] >= limit]
 
     def prepare(self, region: Region) -> tuple[LoopPlan, Bodies] | None:
         """The bodies of a region, or a refusal."""
@@ -213,12 +221,6 @@ class _Planner:
         self.refusals.append(
             Refusal(op_name(seed), reason, source_of(seed), region.inside_bytes, advice)
         )
-
-    @staticmethod
-    def pays(plan: LoopPlan) -> bool:
-        """Whether a loop does something: with a single chunk only if that makes the gradients, so
-        that nothing is kept for the backward."""
-        return plan.num_chunks > 1 or plan.mode == "gradient-in-forward"
 
     def resize(self, plan: LoopPlan, bodies: Bodies, floor: Liveness) -> LoopPlan:
         region = plan.region

@@ -337,7 +337,8 @@ def _device(inputs: Sequence[torch.Tensor]) -> torch.device:
 
 def _add(buffer: torch.Tensor | None, value: torch.Tensor, output: Output) -> torch.Tensor:
     if buffer is None:
-        return value.to(output.dtype, copy=True)
+        # a body's result may have any strides, the loop's has those that were promised
+        return value.to(output.dtype, copy=True, memory_format=torch.contiguous_format)
     return buffer.add_(value)
 
 

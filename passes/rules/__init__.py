@@ -80,6 +80,11 @@ def is_creation(node: Node) -> bool:
     return _packet(node) in create.SIZE_ARGUMENT
 
 
+def is_positions(node: Node) -> bool:
+    """Whether the values are positions made out of nothing."""
+    return _packet(node) in create.POSITIONS
+
+
 def is_matmul(node: Node) -> bool:
     return _packet(node) in matmul.RULES
 

@@ -20,6 +20,7 @@ SIZE_ARGUMENT: dict[object, int] = {
     aten.new_zeros: 1,
     aten.new_ones: 1,
 }
+POSITIONS = {aten.arange, prims.iota}
 
 
 def constant(call: OpCall) -> OpAxes:
@@ -44,7 +45,6 @@ def getitem(call: OpCall) -> OpAxes | None:
 RULES: dict[object, Rule] = {
     **dict.fromkeys(SIZE_ARGUMENT, constant),
     aten.scalar_tensor: constant,
-    aten.arange: positions,
-    prims.iota: positions,
+    **dict.fromkeys(POSITIONS, positions),
     operator.getitem: getitem,
 }

@@ -113,6 +113,20 @@ def cut(x: Tensor) -> Tensor:
     return longer[None, 1:] <= longer[1:, None]
 
 
+def one_query_stretched(x: Tensor) -> Tensor:
+    """Masks nothing: only position zero is compared with."""
+    return (positions()[:, None] >= positions()[:1]).expand(LENGTH, LENGTH)
+
+
+def one_key_stretched(x: Tensor) -> Tensor:
+    everything = torch.ones(LENGTH, LENGTH, dtype=torch.bool)
+    return (positions()[:, None] >= torch.arange(1)) & everything
+
+
+def first_query_stretched(x: Tensor) -> Tensor:
+    return (positions()[None, :] <= positions()[:1, None]).expand(LENGTH, LENGTH)
+
+
 def shifted_cut(x: Tensor) -> Tensor:
     longer = torch.arange(LENGTH + 1)
     return longer[None, :LENGTH] <= longer[1:, None]
@@ -144,6 +158,7 @@ NOT_PROVEN = [
     cut,
     shifted_cut,
     padded_before,
+    first_query_stretched,
 ]
 
 
@@ -186,9 +201,13 @@ def test_not_proven(mask: Callable[[Tensor], Tensor]) -> None:
     assert drop_causal_masks(graph, min_bytes=1) == (graph, ())
 
 
-def test_a_mask_that_masks_nothing_leaves() -> None:
-    everything = lambda x: positions()[None, :] <= positions()[:, None] + LENGTH  # noqa: E731
-    graph = trace(attention(everything), *operands())
+def far_ahead(x: Tensor) -> Tensor:
+    return positions()[None, :] <= positions()[:, None] + LENGTH
+
+
+@pytest.mark.parametrize("mask", [far_ahead, one_query_stretched, one_key_stretched])
+def test_a_mask_that_masks_nothing_leaves(mask: Callable[[Tensor], Tensor]) -> None:
+    graph = trace(attention(mask), *operands())
     new, rewrites = drop_causal_masks(graph, min_bytes=1)
     assert "masks nothing" in rewrites[0].reason
     (before,), (after,) = run_graph(graph, operands()), run_graph(new, operands())
