@@ -90,8 +90,8 @@ class _Split:
         self._widths: dict[Node, float] = {}
 
     def status(self, node: Node) -> str:
-        """``whole`` (does not touch the axis), ``split``, ``partial``, or why it cannot be
-        chunked."""
+        """``whole`` (does not touch the axis), ``split``, ``partial``, ``tally`` (counts that a
+        chunk may use for itself), or why it cannot be chunked."""
         if node not in self._known:
             self._known[node] = self._status(node)
         return self._known[node]
@@ -104,7 +104,7 @@ class _Split:
             return f"{op_name(node)} has no rule for the loop axis"
         if role == "entangled":
             return f"{op_name(node)} mixes positions of the loop axis"
-        if any(n > 1 for i in node.all_input_nodes for n in self._counts(i)):
+        if any(n > 1 for i in self.axes.operands(node) for n in self._counts(i)):
             return f"{op_name(node)} reads a tensor that has the loop axis twice"
         counts = self._counts(node)
         if role == "sum":
@@ -113,14 +113,20 @@ class _Split:
                 if not any(counts)
                 else f"{op_name(node)} sums over the loop axis and keeps it"
             )
+        if role == "tally" and not any(counts):
+            return "tally"
         if any(n != 1 for n in counts):
             return f"{op_name(node)} drops the loop axis, or has it twice"
         return "split"
 
     def _counts(self, node: Node) -> list[int]:
-        """How often each of a node's output tensors has the axis."""
-        outputs = self.axes.output_dims(node)
-        return [sum(p.count(self.axis) for p in dims) for dims in outputs if dims is not None]
+        """How often each of a node's output tensors has the axis, in its own order or another."""
+        outputs, carriers = self.axes.output_dims(node), self.axes.carriers(self.axis)
+        return [sum(a in carriers for p in d for a in p) for d in outputs if d is not None]
+
+    def is_relative(self, node: Node) -> bool:
+        """Whether the value is a chunk's own: outside the loop it says nothing."""
+        return self.axes.is_relative(node, self.axis)
 
     def is_split(self, node: Node) -> bool:
         if node.op == "placeholder":
@@ -168,7 +174,8 @@ class RegionFinder:
     def find(self) -> tuple[list[Region], list[Refusal]]:
         regions: list[Region] = []
         candidates = [n for n in self.graph.nodes if n.op == "call_function" and self._may_seed(n)]
-        for seed in sorted(candidates, key=lambda n: -nbytes(n.meta["val"])):
+        # a table's rows are wide beside their indices wherever they are read: asked last
+        for seed in sorted(candidates, key=lambda n: (rules.is_lookup(n), -nbytes(n.meta["val"]))):
             if seed in self.taken:
                 continue
             region = self._region_of(seed)
@@ -184,7 +191,8 @@ class RegionFinder:
     def _region_of(self, seed: Node) -> Region | None:
         failure: Refusal | None = None
         sizes = self.axes.table.sizes
-        own = [a for a in dict.fromkeys(self.axes.axes(seed)) if (self._length(a) or 0) > 1]
+        candidates = dict.fromkeys(self.axes.table.unpermuted(self.axes.axes(seed)))
+        own = [a for a in candidates if (self._length(a) or 0) > 1]
         for axis in sorted(own, key=lambda a: (self.weights.get(a, 0), -(self._length(a) or 0))):
             length = self._length(axis)
             assert length is not None, sizes[axis]
@@ -258,7 +266,7 @@ class RegionFinder:
         return wide
 
     def _joins(self, node: Node, split: _Split) -> bool:
-        return node not in self.taken and split.status(node) in ("split", "partial")
+        return node not in self.taken and split.status(node) in ("split", "partial", "tally")
 
     def _between(self, part: set[Node]) -> set[Node]:
         """Nodes outside `part`, of the same side of the tangents, on a path from it to itself."""
@@ -288,6 +296,7 @@ class RegionFinder:
     def _close(self, region: set[Node], split: _Split) -> Node | None:
         """Make both parts convex in place; the node that cut the region, if one did."""
         obstacle: Node | None = None
+        dropped: set[Node] = set()
         while True:
             forward = {n for n in region if n not in self.tangent}
             missing = self._between(forward) | self._between(region - forward)
@@ -295,22 +304,45 @@ class RegionFinder:
                 # a sum over the axis is complete only after the loop: nobody inside may read it
                 missing |= {u for u in part.users if u in region}
             missing |= self._apart(region, split)
-            if not missing:
+            bound = self._bound(region, split)
+            if not missing and not bound:
                 return obstacle
-            bad = [
-                n for n in missing if n in region or n in self.taken or split.status(n) != "split"
-            ]
-            if not bad:
-                region |= missing
+            bad = {n for n in missing if n in region or not self._may_join(n, split, dropped)}
+            lost = {n for n in bound if not self._may_join(n, split, dropped, "partial")}
+            if not bad and not lost:
+                region |= missing | bound.keys()
                 continue
-            first = min(bad, key=self.order.__getitem__)
+            first = min(bad | lost, key=self.order.__getitem__)
             obstacle = obstacle or first
-            late = {first, *nx.descendants(self.flow, first)}
+            late = self._late(first) if first in bad else self._late(first, bound[first])
             if not region & late:
                 raise AssertionError(
                     f"{first} lies between nodes of a region and none depends on it"
                 )
+            dropped |= late
             region -= late
+
+    def _may_join(self, node: Node, split: _Split, dropped: set[Node], *also: str) -> bool:
+        if node in dropped or node in self.taken:
+            return False
+        return split.status(node) in ("split", "tally", *also)
+
+    def _late(self, *nodes: Node) -> set[Node]:
+        """The nodes and all that depends on them."""
+        known = [n for n in nodes if n in self.flow]
+        return {*nodes, *(d for n in known for d in nx.descendants(self.flow, n))}
+
+    def _bound(self, region: set[Node], split: _Split) -> dict[Node, Node]:
+        """What has to be in the region because a node of it makes or reads a value that only one
+        chunk understands, and that node. Counts may be read outside, as sums."""
+        found: dict[Node, Node] = {}
+        for node in region:
+            for i in self.axes.operands(node):
+                if i not in region and split.is_relative(i):
+                    found[i] = node
+            if split.is_relative(node) and split.status(node) != "tally":
+                found |= {u: node for u in node.users if u not in region}
+        return found
 
     def _apart(self, region: set[Node], split: _Split) -> set[Node]:
         """What belongs to nodes of several outputs: these and the nodes that pick one stay
