@@ -303,7 +303,7 @@ class RegionFinder:
             for part in (n for n in region if split.status(n) == "partial"):
                 # a sum over the axis is complete only after the loop: nobody inside may read it
                 missing |= {u for u in part.users if u in region}
-            missing |= self._apart(region, split)
+            missing |= self._apart(region, split, dropped)
             bound = self._bound(region, split)
             if not missing and not bound:
                 return obstacle
@@ -344,7 +344,7 @@ class RegionFinder:
                 found |= {u: node for u in node.users if u not in region}
         return found
 
-    def _apart(self, region: set[Node], split: _Split) -> set[Node]:
+    def _apart(self, region: set[Node], split: _Split, dropped: set[Node]) -> set[Node]:
         """What belongs to nodes of several outputs: these and the nodes that pick one stay
         together."""
         missing: set[Node] = set()
@@ -353,7 +353,7 @@ class RegionFinder:
                 missing |= set(node.all_input_nodes) - region
             elif isinstance(node.meta.get("val"), (tuple, list)):
                 picks = set(node.users) - region
-                free = all(p not in self.taken and split.status(p) == "split" for p in picks)
+                free = all(self._may_join(p, split, dropped) for p in picks)
                 missing |= picks if free else {node}
         return missing
 

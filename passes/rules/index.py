@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -56,6 +57,23 @@ def index_select(call: OpCall) -> OpAxes:
     dim = dim_of(call.node, len(source))
     picked: Product = index[0] if index else ()
     return OpAxes(((*source[:dim], picked, *source[dim + 1 :]),), entangled=(source[dim],))
+
+
+def index_add(call: OpCall) -> OpAxes | None:
+    """``x.index_add(dim, index, y)``: onto zeros a sum over the positions of the index; the other
+    dims align."""
+    base, index, values = (cast("Node", call.node.args[i]) for i in (0, 2, 3))
+    dims, places = call.dims(values), call.dims(index)
+    dim = dim_of(call.node, len(dims))
+    if not places or not call.table.unify(dims[dim], places[0]):
+        return None
+    (bins,) = call.fresh_dims()[dim : dim + 1]
+    op = onto(call, base, (*dims[:dim], bins, *dims[dim + 1 :]))
+    if op is None:
+        return None
+    if op.remade and is_zeros(base):
+        return replace(op, summed=(dims[dim],), entangled=(bins,))
+    return replace(op, entangled=(bins, dims[dim]))
 
 
 def index_tensor(call: OpCall) -> OpAxes | None:
@@ -193,6 +211,7 @@ RULES: dict[object, Rule] = {
     aten.gather: gather,
     aten.scatter: scatter,
     aten.scatter_add: scatter,
+    aten.index_add: index_add,
     aten.embedding: embedding,
     aten.index_select: index_select,
     aten.index: index_tensor,

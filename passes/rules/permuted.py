@@ -226,6 +226,16 @@ def _leads(call: OpCall, content: object, dim: Product) -> bool:
     return isinstance(content, Places) and dim == (content.axis,)
 
 
+def select(call: OpCall) -> OpAxes | None:
+    """``index_select(x, dim, rows)``."""
+    op, (source, _, at) = index.index_select(call), call.node.args[:3]
+    dims = call.dims(source)
+    dim = dim_of(call.node, len(dims))
+    if call.content(source) is not None or not _leads(call, call.content(at), dims[dim]):
+        return op
+    return OpAxes(op.outputs, reads=(cast("Node", at),))
+
+
 def gather(call: OpCall) -> OpAxes | None:
     source, at = call.node.args[0], cast("Node", call.node.args[2])
     content = call.content(at)
@@ -281,19 +291,19 @@ def _counts_up(node: Node) -> bool:
 
 
 def add_rows(call: OpCall) -> OpAxes | None:
-    """``scatter_add(x, dim, rows, y)``."""
-    base, at = cast("Node", call.node.args[0]), cast("Node", call.node.args[2])
-    values = argument(call.node, "src")
+    """``scatter_add(x, dim, rows, y)`` and ``index_add(x, dim, rows, y)``."""
+    base, _, at, values = cast("tuple[Node, int, Node, Node]", call.node.args[:4])
     content = call.content(at)
-    if not isinstance(content, Rows) or not isinstance(values, Node):
-        return index.scatter(call)
+    by_row = _packet(call.node) is aten.index_add
+    if not isinstance(content, Rows):
+        return index.index_add(call) if by_row else index.scatter(call)
     if call.content(values) is not None or call.content(base) is not None:
-        return index.scatter(call)
+        return None
     source, places = call.dims(values), call.dims(at)
     dim = dim_of(call.node, len(source))
-    if source[dim] != (content.axis,) or places[dim] != (content.axis,):
+    if source[dim] != (content.axis,) or places[0 if by_row else dim] != (content.axis,):
         return None
-    if not all(call.table.unify(a, b) for a, b in zip(source, places, strict=True)):
+    if not by_row and not all(map(call.table.unify, source, places)):
         return None
     out = (*source[:dim], content.target, *source[dim + 1 :])
     return index.onto(call, base, out, reads=(at,))
@@ -316,5 +326,7 @@ RULES: dict[object, Rule] = {
     aten.index: read,
     aten.index_put: write,
     aten.gather: gather,
+    aten.index_select: select,
     aten.scatter_add: add_rows,
+    aten.index_add: add_rows,
 }

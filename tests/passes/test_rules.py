@@ -482,6 +482,16 @@ def index_put(draw: Draw) -> Call:
     return aten.index_put.default, (Zeros(tuple(shape)), indices, values, True), {}
 
 
+def index_add(draw: Draw) -> Call:
+    shape = shape_of(draw)
+    dim, count = a_dim(draw, len(shape)), draw(SIZES)
+    values = list(shape)
+    values[dim] = count
+    x = Zeros(tuple(shape)) if draw(st.booleans()) else real(*shape)
+    extra = draw(st.sampled_from([{}, {"alpha": 2}]))
+    return aten.index_add.default, (x, dim, below(shape[dim], count), real(*values)), extra
+
+
 def masked_index(draw: Draw) -> Call:
     shape, out, indices, _ = a_table(draw)
     mask = real(*stretched(draw, [*out, *shape[len(indices) :]])) > 0
@@ -704,6 +714,7 @@ CALLS: dict[object, Callable[[Draw], Call]] = {
     aten.index: index_tensor,
     aten._unsafe_masked_index: masked_index,
     aten._unsafe_masked_index_put_accumulate: masked_index_put,
+    aten.index_add: index_add,
     # rows in the order of keys: these as they are elsewhere, what they say of rows is further down
     aten.index_put: index_put,
     aten.div.Tensor_mode: whole_division,
@@ -848,6 +859,13 @@ def _gather_and_scatter(g: Sorted) -> list[Any]:
     return [g.call(aten.scatter_add.default, g.zeros(g.tokens, 3), 0, at, y)]
 
 
+def _select_and_add(g: Sorted) -> list[Any]:
+    x = g.sketch.input(g.values(3, g.tokens))
+    y = g.call(aten.neg.default, g.call(aten.index_select.default, x, 1, g.owner))
+    base = x if g.own_base else g.zeros(3, g.tokens)
+    return [g.call(aten.index_add.default, base, 1, g.owner, y)]
+
+
 def _table_by_key(g: Sorted) -> list[Any]:
     """A bias per expert, and its gradient."""
     bias = g.sketch.input(g.values(EXPERTS, 2))
@@ -880,6 +898,7 @@ SORTED: list[Callable[[Sorted], list[Any]]] = [
     _add_to_places,
     _argsort_twice,
     _gather_and_scatter,
+    _select_and_add,
     _table_by_key,
     _sums_of_rows,
     _groups,
