@@ -133,6 +133,8 @@ class _BodyBuilder:
             return node in self.sums or self.axes.role(node, self.axis) != "sum"
         if node in self.foreign:
             return False
+        if node.target is operator.getitem and not self.computed(node.all_input_nodes[0]):
+            return False  # one of several values can be passed, all of them together cannot
         if (
             any(self.is_symbolic(a) for a in node.all_input_nodes)
             and rules.size_argument(node) is None

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 import mstc
+from mstc.history import reports
 from mstc.runtime.memory import measure_peak
 from tests.models import (
     INDUCTOR,
+    NON_LEAF,
     Experts,
     compile_mst,
     counting_loops,
     fresh_compiler,  # noqa: F401  (an autouse fixture)
     three_way,
+    tokens,
     train,
 )
 
@@ -34,8 +37,8 @@ def inputs(batch: int = 2, length: int = 251, hidden: int = 16, all_to: int | No
 
 
 def assert_looped(seed: str = "_grouped_mm") -> None:
-    loops = [loop for g in mstc.last_report().graphs for loop in g.loops]
-    assert any(seed in loop.seed for loop in loops), mstc.last_report()
+    loops = [loop for r in reports() for g in r.graphs for loop in g.loops]
+    assert any(seed in loop.seed for loop in loops), "\n".join(map(str, reports()))
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -198,5 +201,65 @@ def test_peak() -> None:
     torch._dynamo.reset()
     ours = peak(compile_mst(model, chunk_rows=128))
     assert_looped()
-    assert plain > 3 * rows
+    assert plain > 2.5 * rows
     assert ours < 1 * rows, (ours / rows, plain / rows)
+
+
+MIXTURES: dict[str, dict[str, Any]] = {
+    "Mixtral": {"num_local_experts": 4, "output_router_logits": True},
+    "GptOss": {"num_local_experts": 4, "sliding_window": 32},
+    "Qwen2Moe": {
+        "num_experts": 4,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+    },
+    "DeepseekV3": {
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 64,
+        "n_group": 2,
+        "topk_group": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 16,
+        "first_k_dense_replace": 0,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    },
+}
+
+
+@NON_LEAF
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("name", MIXTURES)
+def test_hugging_face(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "integrations") or not hasattr(torch, "_grouped_mm"):
+        pytest.skip("an older transformers or torch, without grouped products")
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "vocab_size": 160,
+        "max_position_embeddings": 256,
+        "num_experts_per_tok": 2,
+        "pad_token_id": 0,
+    }
+    config = getattr(transformers, f"{name}Config")(**sizes | MIXTURES[name])
+    model = getattr(transformers, f"{name}ForCausalLM")(config).bfloat16().train()
+    ids = tokens(2, 117, vocab=160)
+    batch = {"input_ids": ids, "labels": ids}
+    theirs = train(model, torch.compile(model, backend="aot_eager"), kwargs=batch)
+    torch._dynamo.reset()
+    ours = train(model, compile_mst(model, chunk_rows=40), kwargs=batch)
+    assert_looped()
+    # in bfloat16 the choices of float64 are others; so the distance to the unchunked graph, which
+    # adds bias gradients up in bfloat16
+    errors = ours.error(theirs)
+    assert errors["loss"] < 1e-5
+    assert max(e for n, e in errors.items() if "bias" not in n) < 1e-2, errors
+    assert max(errors.values()) < 3e-2, errors

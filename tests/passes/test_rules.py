@@ -391,6 +391,19 @@ def slice_scatter(draw: Draw) -> Call:
     return aten.slice_scatter.default, (real(*shape), real(*part), dim, start, end), {}
 
 
+def select_scatter(draw: Draw) -> Call:
+    shape = shape_of(draw)
+    dim = a_dim(draw, len(shape))
+    source = real(*shape).select(dim, 0).clone()
+    at = draw(st.integers(-shape[dim], shape[dim] - 1))
+    return aten.select_scatter.default, (real(*shape), source, dim, at), {}
+
+
+def copy(draw: Draw) -> Call:
+    shape = shape_of(draw)
+    return aten.copy.default, (real(*shape), real(*stretched(draw, shape)).float()), {}
+
+
 def creation(packet: Any) -> Callable[[Draw], Call]:
     def call(draw: Draw) -> Call:
         shape = shape_of(draw)
@@ -629,6 +642,7 @@ CALLS: dict[object, Callable[[Draw], Call]] = {
     aten.alias: unary(aten.alias.default),
     aten.detach: unary(aten.detach.default),
     aten.clone: unary(aten.clone.default, memory_format=torch.contiguous_format),
+    aten.copy: copy,
     aten.lift_fresh_copy: unary(aten.lift_fresh_copy.default),
     aten.fill: fill,
     aten.masked_fill: masked_fill,
@@ -656,6 +670,7 @@ CALLS: dict[object, Callable[[Draw], Call]] = {
     aten.constant_pad_nd: pad,
     aten.slice_scatter: slice_scatter_any,
     aten.repeat: repeat,
+    aten.select_scatter: select_scatter,
     # create
     **{p: creation(p) for p in (aten.full, aten.zeros, aten.ones)},
     **{p: creation(p) for p in (aten.new_full, aten.new_zeros, aten.new_ones)},
