@@ -186,19 +186,34 @@ def grouped_mm(call: OpCall) -> OpAxes | None:
     if not isinstance(content, Tally) or not content.running:
         return None
     (groups,) = call.dims(ends)
+    first, second = cast("tuple[Node, Node]", call.node.args[:2])
     if len(left) == 2 and len(right) == 3:
+        apart = _rows_apart(first, 0)
         rows, inner, other = left[0], left[1], right[1]
         out: Dims = (rows, right[2])
         aligned = call.table.unify(groups, right[0])
     elif len(left) == 2 and len(right) == 2:
+        apart = _rows_apart(first, 1) and _rows_apart(second, 0)
         rows, inner, other = left[1], left[1], right[0]
         out = (groups, left[0], right[1])
         aligned = True
     else:
         return None
-    if not aligned or not call.table.unify(inner, other) or not _sorted_by(call, rows, content):
+    if (
+        not apart
+        or not aligned
+        or not call.table.unify(inner, other)
+        or not _sorted_by(call, rows, content)
+    ):
         return None
     return OpAxes((out,), summed=(inner,), entangled=(groups,), reads=(ends,))
+
+
+def _rows_apart(node: Node, dim: int) -> bool:
+    """Whether every row lies in one piece. Were rows side by side, a group would have to be a
+    multiple of 16 bytes long on CUDA, and a chunk's groups are not, if those of the whole are."""
+    stride = node.meta["val"].stride(1 - dim)
+    return isinstance(stride, int) and stride == 1
 
 
 def _sorted_by(call: OpCall, rows: Product, ends: Tally) -> bool:

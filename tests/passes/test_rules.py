@@ -990,6 +990,18 @@ def test_a_choice_is_no_loop_axis_where_rows_are_divided_by_its_size():
     assert axes.role(g.owner, choice) == "entangled"
 
 
+def test_rows_side_by_side_are_refused():
+    """Their groups would have to be aligned, which those of a chunk are not."""
+    g = Sorted(b=2, s=4, k=2)
+    left = g.call(aten.permute.default, g.of_tokens(8, small), [1, 0])
+    beside = g.call(aten.clone.default, left, memory_format=torch.contiguous_format)
+    right, ends = g.of_tokens(16, small), g.ends()
+    nodes = [g.call(aten._grouped_mm.default, x, right, ends) for x in (left, beside)]
+    g.sketch.graph.output(tuple(nodes))
+    axes = analyze_axes(g.sketch.graph, find_rule)
+    assert [axes.is_opaque(n) for n in nodes] == [False, True]
+
+
 # What looks into rows in the order of keys, or takes positions for something else.
 LOOKS: dict[str, Callable[[Sorted], Any]] = {
     "the first rows": lambda g: g.call(aten.slice.Tensor, g.of_tokens(), 0, 0, 2),
