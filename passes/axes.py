@@ -8,8 +8,15 @@ Terms
                roles (queries and keys of attention): see `passes.roles`. A copy and what it is a
                copy of are kept apart: they are never unified.
     role       what an op does along an axis: ``parallel`` (the op on slices is the slice of the
-               op), ``sum`` (the op adds over the axis) or ``entangled`` (anything else, so no loop
-               may run along it).
+               op), ``sum`` (the op adds over the axis), ``tally`` (the op counts over the axis: a
+               sum that a chunk may also use for itself, see below) or ``entangled`` (anything
+               else, so no loop may run along it).
+    permuted   an axis whose rows are those of a *source* product in another order, the one that
+               sorting integer keys gave them. A loop along an axis of the source sorts the keys of
+               its own chunk: its rows are the same rows, in an order of its own.
+    relative   a value that tells positions or counts, so that a chunk's own differs from the slice
+               of the whole: the permutation that a sort gives (`Rows`), its inverse (`Places`),
+               how many keys there are of each kind (`Tally`).
 
 Algorithm
     1. Graph inputs get fresh axes, one per dim that is not of size one.
@@ -17,6 +24,20 @@ Algorithm
        regroups products, ``permute`` reorders, ``mm`` contracts, ``sum`` reduces.
     3. Unifying two products splits an axis where one side is finer than the other (*refinement*),
        so axes are kept in a union-find whose roots may expand into a product.
+
+Permuted axes
+    Along an axis of the source, a value with a permuted axis is right per chunk *as a set of rows*:
+    there is one bijection between a chunk's rows and the rows of the whole that come from the
+    chunk's positions, the same for all values of one permuted axis. An op that treats rows alike
+    (parallel along the permuted axis) keeps that, a sum over the rows is a sum over the chunks'
+    rows, and anything that knows places (a slice, a running sum, a softmax over rows) is entangled.
+    Rows enter by reading ``x[rows]`` and leave by reading ``y[places]``, or by adding to
+    ``zeros[rows]``; both relate positions of the source, so they hold per chunk. A grouped matrix
+    product takes rows by offsets: its groups are the same per chunk when the offsets are running
+    counts of the very keys that were sorted. A relative value means something only to an op whose
+    rule says that it understood it (`OpAxes.reads`); for any other reader the source is entangled.
+    No permuted value and no relative one may enter or leave a loop (`passes.regions`), but counts
+    may leave, as sums. A permuted axis is never the same as any other, and never split.
 
 Sizes alone prove nothing: two axes of equal length stay different until an op equates them. An axis
 analysis is a set of facts about alignment only; that a loop along an axis is right follows from the
@@ -33,7 +54,7 @@ Source: the named-axis view of einops (Rogozhnikov, ICLR 2022) and of sharding p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import sympy
@@ -43,7 +64,7 @@ from torch.fx import Graph, Node
 Size = int | sympy.Expr
 Product = tuple[int, ...]
 Dims = tuple[Product, ...]
-Role = Literal["absent", "parallel", "sum", "entangled"]
+Role = Literal["absent", "parallel", "sum", "tally", "entangled"]
 
 
 def as_size(size: object) -> Size:
@@ -89,6 +110,43 @@ class RolesMeet(Exception):
         self.axes = axes
 
 
+@dataclass(frozen=True)
+class Permuted:
+    """What a permuted axis is made of."""
+
+    source: Product
+    keys: Node  # the value by whose entries it was sorted, behind views and casts
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A relative value: for every row of `axis`, the position in `target` that it came from;
+    `target` holds the outermost factors of the axis' source, or all of them."""
+
+    axis: int
+    target: Product
+
+
+@dataclass(frozen=True)
+class Places:
+    """A relative value: for every position of the source of `axis`, the row that came from it."""
+
+    axis: int
+
+
+@dataclass(frozen=True)
+class Tally:
+    """A relative value: how many of `keys`' entries fall into each of some bins, in ascending
+    order without gaps from below the least entry; `running`: into this bin or an earlier one."""
+
+    keys: Node
+    source: Product  # the axes that were counted over
+    running: bool
+
+
+Content = Rows | Places | Tally
+
+
 class AxisTable:
     """A union-find over axes whose roots may be refined into products of finer axes."""
 
@@ -97,6 +155,7 @@ class AxisTable:
         self._apart: dict[int, set[int]] = {}  # root -> roots that it must not become
         self.copies: set[int] = set()  # roots that were made as copies
         self._parent: list[Product] = []  # (i,) for a root, else what axis i stands for now
+        self.permuted: dict[int, Permuted] = {}
 
     def fresh(self, size: Size) -> Product:
         """A new axis of `size` elements; the empty product when the size is one."""
@@ -106,6 +165,22 @@ class AxisTable:
         self.sizes.append(size)
         self._parent.append((axis,))
         return (axis,)
+
+    def permute(self, source: Product, keys: Node) -> Product:
+        """A new axis whose rows are those of `source`, sorted by `keys`."""
+        made = self.fresh(self.size(source))
+        for axis in made:
+            self.permuted[axis] = Permuted(source, keys)
+        return made
+
+    def unpermuted(self, product: Product) -> Product:
+        """The product with permuted axes replaced by what they are made of: of the same size, for a
+        chunk as for the whole."""
+        out: list[int] = []
+        for axis in self.resolve(product):
+            found = self.permuted.get(axis)
+            out.extend((axis,) if found is None else self.resolve(found.source))
+        return tuple(out)
 
     def resolve(self, product: Product) -> Product:
         """The product in terms of today's roots."""
@@ -135,6 +210,8 @@ class AxisTable:
                 rest = a[len(b) :] or b[len(a) :]
                 return not rest or size_product(self.sizes[r] for r in rest) == 1
             x, y = a[mismatch], b[mismatch]
+            if x in self.permuted or y in self.permuted:
+                return False
             size_x, size_y = self.sizes[x], self.sizes[y]
             if size_x == size_y:
                 self._merge(min(x, y), max(x, y))
@@ -182,6 +259,8 @@ class AxisTable:
                 if (rest := divide(need, have)) is not None:
                     dim.append(axis)
                     need = rest
+                elif axis in self.permuted:
+                    return None
                 elif (inner := divide(have, need)) is not None:
                     self._refine(axis, need, inner)
                     queue[:0] = self.resolve((axis,))
@@ -200,6 +279,10 @@ class OpAxes:
     entangled: tuple[Product, ...] = ()  # the op mixes positions of these
     partial: tuple[tuple[Product, ...], ...] = ()  # per output: it lacks and sums over these
     opaque: bool = False  # no rule: every axis of the op is entangled
+    contents: tuple[Content | None, ...] = ()  # per output, if it is relative; () for none
+    reads: tuple[Node, ...] = ()  # relative operands that the rule has understood
+    remade: tuple[Node, ...] = ()
+    """Constant operands of the output's shape that a chunk makes again at its own size."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +313,9 @@ class OpCall:
 
     def partial(self, node: Node, output: int) -> tuple[Product, ...]:
         return self.facts.partial(node, output)
+
+    def content(self, arg: object, output: int = 0) -> Content | None:
+        return self.facts.content(arg, output) if isinstance(arg, Node) else None
 
     def fresh_dims(self, index: int = 0) -> Dims:
         value = self.outputs[index]
@@ -265,6 +351,7 @@ class Axes:
         self._frozen = False
         self._axes: dict[Node, tuple[int, ...]] = {}
         self._roles: dict[tuple[Node, int], Role] = {}
+        self._carriers: dict[int, frozenset[int]] = {}
 
     def record(self, node: Node, op: OpAxes) -> None:
         assert not self._frozen
@@ -299,6 +386,54 @@ class Axes:
         entries = op.partial if op else ()
         return tuple(map(self.table.resolve, entries[output])) if output < len(entries) else ()
 
+    def content(self, node: Node, output: int = 0) -> Content | None:
+        """What a relative value tells; None for any other."""
+        op = self._ops.get(node)
+        return op.contents[output] if op is not None and output < len(op.contents) else None
+
+    def contents(self, node: Node) -> tuple[Content | None, ...]:
+        op = self._ops.get(node)
+        return () if op is None else op.contents
+
+    def operands(self, node: Node) -> list[Node]:
+        """The inputs of a node that a chunk reads, those left out that it makes again."""
+        op = self._ops.get(node)
+        if op is None or not op.remade:
+            return node.all_input_nodes
+        return [i for i in node.all_input_nodes if i not in op.remade]
+
+    def is_remade(self, node: Node, operand: Node) -> bool:
+        op = self._ops.get(node)
+        return op is not None and operand in op.remade
+
+    def source(self, content: Content) -> Product:
+        """The axes along which a chunk's own value differs from the slice of the whole."""
+        if isinstance(content, Tally):
+            return self.table.resolve(content.source)
+        return self.table.resolve(self.table.permuted[content.axis].source)
+
+    def carriers(self, axis: int) -> frozenset[int]:
+        """The axis, and the permuted axes that hold its positions in another order."""
+        if axis not in self._carriers:
+            permuted = self.table.permuted.items()
+            found = {p for p, made in permuted if axis in self.table.resolve(made.source)}
+            if not self._frozen:
+                return frozenset({axis, *found})
+            self._carriers[axis] = frozenset({axis, *found})
+        return self._carriers[axis]
+
+    def count(self, node: Node, axis: int) -> int:
+        """How often a node's outputs have the axis, in its own order or another."""
+        carriers = self.carriers(axis)
+        return sum(a in carriers for a in self.axes(node))
+
+    def is_relative(self, node: Node, axis: int) -> bool:
+        """Whether a value means something only within one chunk of the axis."""
+        if any(a in self.table.permuted for a in self.axes(node) if a in self.carriers(axis)):
+            return True
+        op = self._ops.get(node)
+        return op is not None and any(axis in self.source(c) for c in op.contents if c is not None)
+
     def axes(self, node: Node) -> tuple[int, ...]:
         """Every axis of every output of the node, with repetition."""
         if self._frozen:
@@ -321,14 +456,22 @@ class Axes:
 
     def _role(self, node: Node, axis: int) -> Role:
         op = self._ops.get(node)
-        inside = axis in self.axes(node)
-        if not inside and not any(axis in self.axes(i) for i in node.all_input_nodes):
+        carriers = self.carriers(axis)
+
+        def touched(products: Iterable[Product]) -> bool:
+            return any(a in carriers for p in products for a in self.table.resolve(p))
+
+        here = any(self.count(n, axis) for n in (node, *node.all_input_nodes))
+        if not here and not any(self.is_relative(n, axis) for n in (node, *self.operands(node))):
             return "absent"
-        if op is None or op.opaque or any(axis in self.table.resolve(p) for p in op.entangled):
+        if axis in self.table.permuted:
+            return "entangled"  # its order belongs to the whole; loops run along its source
+        if op is None or op.opaque or touched(op.entangled):
             return "entangled"
-        if any(axis in self.table.resolve(p) for p in op.summed):
+        if touched(op.summed):
             return "sum"
-        return "parallel"
+        counts = any(isinstance(c, Tally) and axis in self.source(c) for c in op.contents)
+        return "tally" if counts else "parallel"
 
 
 def analyze_axes(graph: Graph, find_rule: Callable[[Node], Rule | None]) -> Axes:
@@ -359,10 +502,22 @@ def analyze_axes(graph: Graph, find_rule: Callable[[Node], Rule | None]) -> Axes
             op = _checked(call, op)
         if op is not None:
             call.cuts += _cut_where_an_axis_comes_twice(call, op)
+            op = _understood(call, op)
         facts.cuts += call.cuts
         facts.record(node, op or OpAxes(call.all_fresh(), opaque=True))
     facts.freeze()
     return facts
+
+
+def _understood(call: OpCall, op: OpAxes) -> OpAxes:
+    """Where the op reads a relative value that its rule knows nothing of, the source is
+    entangled."""
+    facts = call.facts
+    misread: list[Product] = []
+    for node in call.node.all_input_nodes:
+        if node not in op.reads and node not in op.remade:
+            misread += [facts.source(c) for c in facts.contents(node) if c is not None]
+    return replace(op, entangled=(*op.entangled, *misread)) if misread else op
 
 
 def _checked(call: OpCall, op: OpAxes) -> OpAxes | None:

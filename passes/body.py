@@ -23,7 +23,7 @@ import json
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch.fx import Graph, Node
@@ -121,6 +121,7 @@ class _BodyBuilder:
         return tuple(self.product(p) for p in self.axes.dims(node))
 
     def product(self, product: Product) -> tuple[int, ...]:
+        product = self.axes.table.unpermuted(product)
         return tuple(self.index.setdefault(a, len(self.index)) for a in product)
 
     # -- what is computed inside
@@ -134,19 +135,23 @@ class _BodyBuilder:
             return node in self.sums or self.axes.role(node, self.axis) != "sum"
         if node in self.foreign:
             return False
+        if node.target is operator.getitem and not self.computed(node.all_input_nodes[0]):
+            return False  # one of several values can be passed, all of them together cannot
         if (
             any(self.is_symbolic(a) for a in node.all_input_nodes)
             and rules.size_argument(node) is None
         ):
             return False
         role = self.axes.role(node, self.axis)
-        if role not in ("absent", "parallel") or self.axes.axes(node).count(self.axis) > 1:
+        if role not in ("absent", "parallel") or self.axes.count(node, self.axis) > 1:
+            return False
+        if self.axes.is_relative(node, self.axis):
             return False
         if node in self.prelude or rules.is_creation(node) or op_name(node) == "aten.scalar_tensor":
             return True
         packet = getattr(node.target, "overloadpacket", None)
         if packet in _SINKABLE_VIEWS:
-            return not any(self.axes.axes(i).count(self.axis) > 1 for i in node.all_input_nodes)
+            return not any(self.axes.count(i, self.axis) > 1 for i in node.all_input_nodes)
         narrow = nbytes(node.meta.get("val")) <= self.narrow_bytes
         return node in self.tangent and narrow and rules.is_pointwise(node) and role == "parallel"
 
@@ -173,7 +178,7 @@ class _BodyBuilder:
             stack.append((node, True))
             if self.computed(node):
                 size_at = rules.size_argument(node)
-                for i in reversed(node.all_input_nodes):
+                for i in reversed(self.axes.operands(node)):
                     if not (size_at is not None and self.is_symbolic(i)):
                         stack.append((i, False))
         return out
@@ -191,6 +196,14 @@ class _BodyBuilder:
             raise BodyError(f"{op_name(node)} is a size that is known at run time only")
         return self.map[node]
 
+    def operand(self, node: Node, operand: Node, sizes: dict[int, Node]) -> Node:
+        """What a call reads: a value, or a constant made anew in the shape of the call's own."""
+        if not self.axes.is_remade(node, operand):
+            return self.map[operand]
+        args = rules.resized(operand, [self.size(p, sizes) for p in self.axes.dims(node)])
+        target = cast("Callable[..., object]", operand.target)
+        return self.graph.call_function(target, cast("Any", args), dict(operand.kwargs))
+
     def emit(self, node: Node, sizes: dict[int, Node]) -> Node:
         if _is_passthrough(node, self.axes):
             return self.map[node.all_input_nodes[0]]
@@ -199,7 +212,7 @@ class _BodyBuilder:
         if size_at is None:
             if any(self.is_symbolic(i) for i in node.all_input_nodes):
                 raise BodyError(f"{op_name(node)} reads a size that is known at run time only")
-            args = torch.fx.map_arg(node.args, self.map.__getitem__)
+            args = torch.fx.map_arg(node.args, lambda n: self.operand(node, n, sizes))
             kwargs = torch.fx.map_arg(node.kwargs, self.map.__getitem__)
             if (
                 getattr(node.target, "overloadpacket", None) is aten.sum
@@ -226,12 +239,14 @@ class _BodyBuilder:
         roots: list[Node] = []
         for node in outputs:
             kind: OutputKind = "split"
-            if self.axes.role(node, self.axis) == "sum":
+            if self.axes.role(node, self.axis) in ("sum", "tally"):
                 kind = (
                     "matmul" if getattr(node.target, "overloadpacket", None) is aten.mm else "sum"
                 )
+            elif self.axes.is_relative(node, self.axis):
+                raise BodyError(f"{op_name(node)} is in an order that one chunk has for itself")
             described.append((node, kind))
-            if kind != "split":
+            if self.axes.role(node, self.axis) == "sum":
                 self.sums.add(node)
             roots.extend(node.all_input_nodes if kind == "matmul" else [node])
         order = self.order(roots)
@@ -243,8 +258,10 @@ class _BodyBuilder:
                 raise BodyError(f"{op_name(node)} reads a size that is known at run time only")
             if not isinstance(node.meta.get("val"), torch.Tensor):
                 raise BodyError(f"{op_name(node)} makes several values, of which one is read")
-            if self.axes.axes(node).count(self.axis) > 1:
+            if self.axes.count(node, self.axis) > 1:
                 raise BodyError(f"{node} has the loop axis twice")
+            if self.axes.is_relative(node, self.axis):
+                raise BodyError(f"{op_name(node)} is in an order that belongs to the whole")
         self.nodes = [n for n in order if self.computed(n)]
         for node in self.nodes:
             if self.sums.intersection(node.all_input_nodes):

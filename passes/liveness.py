@@ -77,6 +77,13 @@ def phases(graph: Graph) -> dict[Node, Phase]:
     return {n: "forward" if n in needed else "backward" for n in graph.nodes}
 
 
+_FUSED = {
+    torch.ops.aten.select_scatter,  # a comparison of positions
+    torch.ops.aten.empty,  # of which nobody reads a value
+    torch.ops.aten.new_empty_strided,
+}
+
+
 def is_fusible(node: Node) -> bool:
     """Whether a code generator computes the value where it is read."""
     if node.op != "call_function":
@@ -86,6 +93,8 @@ def is_fusible(node: Node) -> bool:
         # with the index
         base = node.args[0]
         return isinstance(base, Node) and rules.is_creation(base)
+    if getattr(node.target, "overloadpacket", None) in _FUSED:
+        return True
     return rules.is_pointwise(node) or rules.is_creation(node)
 
 

@@ -118,8 +118,8 @@ class _Split:
         self._origins: dict[Node, float] = {}
 
     def status(self, node: Node) -> str:
-        """``whole`` (does not touch the axis), ``split``, ``partial``, or why it cannot be
-        chunked."""
+        """``whole`` (does not touch the axis), ``split``, ``partial``, ``tally`` (counts that a
+        chunk may use for itself), or why it cannot be chunked."""
         if node not in self._known:
             self._known[node] = self._status(node)
         return self._known[node]
@@ -132,7 +132,7 @@ class _Split:
             return f"{op_name(node)} has no rule for the loop axis"
         if role == "entangled":
             return f"{op_name(node)} mixes positions of the loop axis"
-        if any(n > 1 for i in node.all_input_nodes for n in self._counts(i)):
+        if any(n > 1 for i in self.axes.operands(node) for n in self._counts(i)):
             return f"{op_name(node)} reads a tensor that has the loop axis twice"
         counts = self._counts(node)
         if role == "sum":
@@ -141,6 +141,8 @@ class _Split:
                 if not any(counts)
                 else f"{op_name(node)} sums over the loop axis and keeps it"
             )
+        if role == "tally" and not any(counts):
+            return "tally"
         if any(n != 1 and not self._sums(node, i, n) for i, n in enumerate(counts)):
             return f"{op_name(node)} drops the loop axis, or has it twice"
         return "split"
@@ -151,9 +153,13 @@ class _Split:
         return count == 0 and any(self.axis in product for product in partial)
 
     def _counts(self, node: Node) -> list[int]:
-        """How often each of a node's output tensors has the axis."""
-        outputs = self.axes.output_dims(node)
-        return [sum(p.count(self.axis) for p in dims) for dims in outputs if dims is not None]
+        """How often each of a node's output tensors has the axis, in its own order or another."""
+        outputs, carriers = self.axes.output_dims(node), self.axes.carriers(self.axis)
+        return [sum(a in carriers for p in d for a in p) for d in outputs if d is not None]
+
+    def is_relative(self, node: Node) -> bool:
+        """Whether the value is a chunk's own: outside the loop it says nothing."""
+        return self.axes.is_relative(node, self.axis)
 
     def is_split(self, node: Node) -> bool:
         if node.op == "placeholder":
@@ -212,7 +218,8 @@ class RegionFinder:
     def find(self) -> tuple[list[Region], list[Refusal]]:
         regions: list[Region] = []
         candidates = [n for n in self.graph.nodes if n.op == "call_function" and self._may_seed(n)]
-        for seed in sorted(candidates, key=lambda n: -nbytes(n.meta["val"])):
+        # a table's rows are wide beside their indices wherever they are read: asked last
+        for seed in sorted(candidates, key=lambda n: (rules.is_lookup(n), -nbytes(n.meta["val"]))):
             if seed in self.taken:
                 continue
             region = self._region_of(seed)
@@ -228,7 +235,8 @@ class RegionFinder:
     def _region_of(self, seed: Node) -> Region | None:
         failure: Refusal | None = None
         sizes = self.axes.table.sizes
-        own = [a for a in dict.fromkeys(self.axes.axes(seed)) if (self._length(a) or 0) > 1]
+        candidates = dict.fromkeys(self.axes.table.unpermuted(self.axes.axes(seed)))
+        own = [a for a in candidates if (self._length(a) or 0) > 1]
         for axis in sorted(own, key=lambda a: (self.weights.get(a, 0), -(self._length(a) or 0))):
             length = self._length(axis)
             assert length is not None, sizes[axis]
@@ -311,7 +319,7 @@ class RegionFinder:
         return wide
 
     def _joins(self, node: Node, split: _Split) -> bool:
-        return node not in self.taken and split.status(node) in ("split", "partial")
+        return node not in self.taken and split.status(node) in ("split", "partial", "tally")
 
     def _between(self, part: set[Node]) -> set[Node]:
         """Nodes outside `part`, of the same side of the tangents, on a path from it to itself."""
@@ -341,32 +349,66 @@ class RegionFinder:
     def _close(self, region: set[Node], seed: Node, split: _Split) -> Node | None:
         """Make both parts convex in place; the node that cut the region, if one did."""
         obstacle: Node | None = None
+        dropped: set[Node] = set()
         while True:
             forward = {n for n in region if n not in self.tangent}
             missing = self._between(forward) | self._between(region - forward)
             for part in (n for n in region if split.status(n) == "partial"):
                 # a sum over the axis is complete only after the loop: nobody inside may read it
                 missing |= {u for u in part.users if u in region}
-            missing |= self._apart(region, split)
-            if not missing:
+            missing |= self._apart(region, split, dropped)
+            bound = self._bound(region, split)
+            if not missing and not bound:
                 return obstacle
-            bad = [n for n in missing if n in region or not self._joins(n, split)]
-            if not bad:
-                region |= missing
+            bad = {
+                n
+                for n in missing
+                if n in region or not self._may_join(n, split, dropped, "partial")
+            }
+            lost = {n for n in bound if not self._may_join(n, split, dropped, "partial")}
+            if not bad and not lost:
+                region |= missing | bound.keys()
                 continue
-            first = min(bad, key=self.order.__getitem__)
+            first = min(bad | lost, key=self.order.__getitem__)
             obstacle = obstacle or first
-            # the other direction runs in a loop of its own: there only what reads these leaves
-            late = {first, *nx.descendants(self.flow, first)} & region
-            gone = {n for n in late if (n in self.tangent) == (first in self.tangent)}
+            if first in bad:
+                # the other direction runs in a loop of its own: only what reads these leaves it
+                side = first in self.tangent
+                late = {n for n in self._late(first) if (n in self.tangent) == side}
+            else:
+                late = self._late(first, bound[first])
+            gone = late & region
             if not gone:
                 raise AssertionError(
                     f"{first} lies between nodes of a region and none depends on it"
                 )
-            region -= gone | {n for n in late if gone.intersection(n.all_input_nodes)}
+            dropped |= late
+            region -= gone | {n for n in region if gone.intersection(n.all_input_nodes)}
             self._drop_unconnected(region, seed)
 
-    def _apart(self, region: set[Node], split: _Split) -> set[Node]:
+    def _may_join(self, node: Node, split: _Split, dropped: set[Node], *also: str) -> bool:
+        if node in dropped or node in self.taken:
+            return False
+        return split.status(node) in ("split", "tally", *also)
+
+    def _late(self, *nodes: Node) -> set[Node]:
+        """The nodes and all that depends on them."""
+        known = [n for n in nodes if n in self.flow]
+        return {*nodes, *(d for n in known for d in nx.descendants(self.flow, n))}
+
+    def _bound(self, region: set[Node], split: _Split) -> dict[Node, Node]:
+        """What has to be in the region because a node of it makes or reads a value that only one
+        chunk understands, and that node. Counts may be read outside, as sums."""
+        found: dict[Node, Node] = {}
+        for node in region:
+            for i in self.axes.operands(node):
+                if i not in region and split.is_relative(i):
+                    found[i] = node
+            if split.is_relative(node) and split.status(node) != "tally":
+                found |= {u: node for u in node.users if u not in region}
+        return found
+
+    def _apart(self, region: set[Node], split: _Split, dropped: set[Node]) -> set[Node]:
         """What belongs to nodes of several outputs: these and the nodes that pick one stay
         together."""
         missing: set[Node] = set()
@@ -375,7 +417,7 @@ class RegionFinder:
                 missing |= set(node.all_input_nodes) - region
             elif isinstance(node.meta.get("val"), (tuple, list)):
                 picks = set(node.users) - region
-                free = all(self._joins(p, split) for p in picks)
+                free = all(self._may_join(p, split, dropped, "partial") for p in picks)
                 missing |= picks if free else {node}
         return missing
 

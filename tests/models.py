@@ -60,6 +60,90 @@ class MLP(nn.Module):
         return self.down(F.gelu(self.up(x)))
 
 
+def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Rows of `x` times one of the matrices `weights`: the first up to ``ends[0]`` times the first,
+    and so on. The kernel takes bfloat16 only."""
+    if x.dtype == torch.bfloat16:
+        return torch._grouped_mm(x, weights, ends)
+    group = torch.searchsorted(ends, torch.arange(len(x), dtype=ends.dtype), right=True)
+    return torch.einsum("nk,nkm->nm", x, weights[group])
+
+
+class Experts(nn.Module):
+    """A mixture of experts as it is written today: sort the choices by expert, one grouped product
+    per projection, weigh, bring the rows back to their tokens.
+
+    What is chosen depends on features of the input alone, so that every precision chooses the same.
+
+    Args:
+        k: experts per token.
+        back: how rows come back to their tokens: "places" (the inverse permutation), "argsort" (the
+            same, found by sorting), "index_add", "scatter" (as ``scatter_add``, with ``gather`` on
+            the way in).
+        balanced: with an auxiliary loss for the load of the experts.
+        bias: a bias per expert.
+    """
+
+    def __init__(
+        self,
+        hidden: int = 16,
+        wide: int = 64,
+        experts: int = 4,
+        k: int = 2,
+        back: str = "places",
+        *,
+        balanced: bool = False,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.experts, self.k, self.back, self.balanced = experts, k, back, balanced
+        self.router = nn.Parameter(0.3 * torch.randn(hidden, experts))
+        self.up = nn.Parameter(0.3 * torch.randn(experts, hidden, 2 * wide))
+        self.down = nn.Parameter(0.3 * torch.randn(experts, wide, hidden))
+        self.bias = nn.Parameter(torch.randn(experts, 2 * wide)) if bias else None
+
+    def chosen(self, x: Tensor) -> Tensor:
+        """``[tokens, k]``."""
+        return x.detach()[:, : self.experts].topk(self.k, -1).indices
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        flat = x.flatten(0, -2)
+        choice = self.chosen(flat)
+        probabilities = (flat @ self.router).softmax(-1)
+        weights = probabilities.gather(-1, choice)
+        counts = torch.histc(choice.flatten().float(), self.experts, 0, self.experts - 1)
+        y = flat + self.mix(flat, choice.flatten(), weights.flatten(), counts)
+        loss = (y.view_as(x) * target).mean()
+        if self.balanced:
+            load = counts.to(x.dtype) / choice.numel()
+            loss = loss + 0.1 * self.experts * (load * probabilities.mean(0)).sum()
+        return loss
+
+    def mix(self, x: Tensor, choice: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+        keys, rows = torch.sort(choice)
+        ends = torch.cumsum(counts, 0, dtype=torch.int32)
+        tokens = rows // self.k
+        if self.back == "scatter":
+            y = x.gather(0, tokens[:, None].expand(-1, x.shape[-1]))
+        else:
+            y = x[tokens]
+        y = grouped_mm(y, self.up, ends)
+        if self.bias is not None:
+            y = y + self.bias[keys]
+        gate, y = y.chunk(2, -1)
+        y = grouped_mm(F.silu(gate) * y, self.down, ends) * weights[rows, None]
+        if self.back == "index_add":
+            return torch.zeros_like(x).index_add(0, tokens, y)
+        if self.back == "scatter":
+            return torch.zeros_like(x).scatter_add(0, tokens[:, None].expand_as(y), y)
+        if self.back == "argsort":
+            places = rows.argsort()
+        else:
+            places = torch.empty_like(rows)
+            places[rows] = torch.arange(len(rows))
+        return y[places].view(-1, self.k, x.shape[-1]).sum(1)
+
+
 class TinyLM(nn.Module):
     """Embedding, MLPs with residuals, a vocabulary projection and its loss."""
 

@@ -195,6 +195,25 @@ class LogitsToo(TinyLM):
         return loss, logits
 
 
+class Recurrent(TinyLM):
+    """A state that is written into a tensor step by step, before the head."""
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        out, state = torch.empty_like(x), torch.zeros_like(x[:, 0])
+        for step in range(ids.shape[1]):
+            state = torch.tanh(0.5 * state + x[:, step])
+            out[:, step] = state
+        return super().hidden(ids) + out
+
+
+def test_values_written_step_by_step() -> None:
+    """Each write is a new value of the whole in the functional graph, but no memory."""
+    three_way(Recurrent(vocab=192), lm_batch(4, 24, ignored=5, vocab=192))
+    plan = mstc.last_report().graphs[-1]
+    assert plan.peak_before < 2 * 4 * 24 * 192 * 4, "the logits twice, not a buffer per step"
+
+
 @pytest.mark.parametrize(
     ("dtype", "slack"), [(torch.float32, 2.5e-7), (torch.bfloat16, 2e-3)], ids=["float32", "bf16"]
 )

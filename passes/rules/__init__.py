@@ -12,12 +12,13 @@ results add up to the whole.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 
 import torch
 from torch.fx import Node
 
 from passes.axes import Rule
-from passes.rules import attention, create, index, matmul, pointwise, reduce, shape
+from passes.rules import attention, create, index, matmul, permuted, pointwise, reduce, shape
 
 _TABLE: dict[object, Rule] = {
     **pointwise.RULES,
@@ -27,6 +28,7 @@ _TABLE: dict[object, Rule] = {
     **matmul.RULES,
     **index.RULES,
     **attention.RULES,
+    **permuted.RULES,  # in place of some above, which these ask where no rows are read
 }
 
 
@@ -62,6 +64,16 @@ def _packet(node: Node) -> object:
     return target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
 
 
+def resized(node: Node, shape: Sequence[object]) -> tuple[object, ...]:
+    """The arguments of a constant (or of ``arange``) for another shape."""
+    if node.target is torch.ops.prims.iota.default:
+        (length,) = shape
+        return (length, *node.args[1:])
+    position = 0 if _packet(node) is torch.ops.aten.empty else size_argument(node)
+    assert position is not None
+    return (*node.args[:position], list(shape), *node.args[position + 1 :])
+
+
 def is_reshape(node: Node) -> bool:
     """Whether only the grouping of dims changes, so that ``reshape`` to the output's size says it
     all."""
@@ -86,7 +98,13 @@ def is_positions(node: Node) -> bool:
 
 
 def is_matmul(node: Node) -> bool:
-    return _packet(node) in matmul.RULES
+    packet = _packet(node)
+    return packet in matmul.RULES or packet is torch.ops.aten._grouped_mm
+
+
+def is_lookup(node: Node) -> bool:
+    """Whether the op reads rows of a table by their indices."""
+    return _packet(node) in index.LOOKUPS
 
 
 def is_attention(node: Node) -> bool:

@@ -54,6 +54,7 @@ RULES: dict[object, Rule] = {
     aten.alias: broadcast,
     aten.detach: broadcast,
     aten.clone: broadcast,
+    aten.copy: broadcast,
     aten.lift_fresh_copy: broadcast,
     aten.fill: broadcast,
     aten.masked_fill: broadcast,

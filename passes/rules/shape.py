@@ -175,14 +175,61 @@ def unbind(call: OpCall) -> OpAxes:
     return OpAxes((rest,) * len(call.outputs), entangled=(dims[dim],))
 
 
+_CONSTANTS = {aten.full, aten.zeros, aten.ones, aten.empty}
+
+
+def is_constant_base(node: Node) -> bool:
+    """Whether an operand is a constant, made for an op to write into."""
+    return (
+        isinstance(node.target, torch._ops.OpOverload)
+        and node.target.overloadpacket in _CONSTANTS
+        and not node.all_input_nodes
+    )
+
+
+def repeat(call: OpCall) -> OpAxes | None:
+    """Copies one after the other: a new outer factor of the dim, along which nothing can be cut,
+    for the number of copies is an argument."""
+    (value,) = call.outputs
+    assert value is not None
+    dims = call.dims(call.node.args[0])
+    counts = cast("list[int]", call.node.args[1])
+    lead = value.dim() - len(dims)
+    out: list[Product] = []
+    copies: list[Product] = []
+    for position, count in enumerate(counts):
+        outer = call.table.fresh(count)
+        copies.append(outer)
+        out.append((*outer, *(dims[position - lead] if position >= lead else ())))
+    return OpAxes((tuple(out),), entangled=tuple(copies))
+
+
 def slice_scatter(call: OpCall) -> OpAxes | None:
-    """Along `dim` the source lands in a piece; the other dims align."""
+    """Along `dim` the source lands in a piece; the other dims align. A constant is made in the
+    source's shape, so that readers which share it are not related by it."""
     base, source = (call.dims(a) for a in call.node.args[:2])
     dim = dim_of(call.node, len(base))
+    constant = cast("Node", call.node.args[0])
+    if is_constant_base(constant):
+        (value,) = call.outputs
+        assert value is not None
+        place = call.table.fresh(as_size(value.shape[dim]))
+        out = (*source[:dim], place, *source[dim + 1 :])
+        return OpAxes((out,), entangled=(place, source[dim]), remade=(constant,))
     for position, (left, right) in enumerate(zip(base, source, strict=True)):
         if position != dim and not call.table.unify(left, right):
             return None
     return OpAxes((base,), entangled=(base[dim], source[dim]))
+
+
+def select_scatter(call: OpCall) -> OpAxes | None:
+    """The source is one position of `dim`; the other dims align."""
+    base, source = (call.dims(a) for a in call.node.args[:2])
+    dim = dim_of(call.node, len(base))
+    rest = (*base[:dim], *base[dim + 1 :])
+    if not all(map(call.table.unify, rest, source)):
+        return None
+    return OpAxes((base,), entangled=(base[dim],))
 
 
 RULES: dict[object, Rule] = {
@@ -191,6 +238,7 @@ RULES: dict[object, Rule] = {
     aten.transpose: transpose,
     aten.t: t,
     aten.expand: expand,
+    aten.repeat: repeat,
     aten.slice: slice_,
     aten.split: split,
     aten.split_with_sizes: split,
@@ -200,4 +248,5 @@ RULES: dict[object, Rule] = {
     aten.constant_pad_nd: pad,
     aten.slice_scatter: slice_scatter,
     cut: copied,
+    aten.select_scatter: select_scatter,
 }

@@ -420,9 +420,7 @@ def test_wide_value_changed_in_place() -> None:
             wide.mul_(0.7)
             return self.down(wide.relu_())
 
-    three_way(Scalar(Model()), (torch.randn(50, 16, requires_grad=True),), chunked=False)
-    (graph,) = mstc.last_report().graphs
-    assert any("no rule" in r.reason and "wide[:, 3] = 0.5" in r.reason for r in graph.refusals)
+    three_way(Scalar(Model()), (torch.randn(50, 16, requires_grad=True),))
 
 
 def test_running_statistics() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -57,6 +58,13 @@ def loops_over(axes: Axes, node: Any, axis: int) -> bool:
     return not any(per_output) if role == "sum" else all(n == 1 for n in per_output)
 
 
+@dataclass(frozen=True)
+class Zeros:
+    """An operand that is a constant of the graph."""
+
+    shape: tuple[int, ...]
+
+
 def check(call: Call, factors: Sequence[int] = ()) -> dict[int, str]:
     """Hold every axis of one call to its role; the roles that were run, by axis."""
     op, args, kwargs = call
@@ -64,6 +72,8 @@ def check(call: Call, factors: Sequence[int] = ()) -> dict[int, str]:
     plan = list(factors)
 
     def lift(value: Any) -> Any:
+        if isinstance(value, Zeros):
+            return sketch.call(aten.full.default, list(value.shape), 0, dtype=torch.float64)
         if not isinstance(value, torch.Tensor):
             return value
         factor = plan.pop(0) if plan else 1
@@ -412,6 +422,19 @@ def attention(*, backward: bool) -> Callable[[Draw], Call]:
     return call
 
 
+def select_scatter(draw: Draw) -> Call:
+    shape = shape_of(draw)
+    dim = a_dim(draw, len(shape))
+    source = real(*shape).select(dim, 0).clone()
+    at = draw(st.integers(-shape[dim], shape[dim] - 1))
+    return aten.select_scatter.default, (real(*shape), source, dim, at), {}
+
+
+def copy(draw: Draw) -> Call:
+    shape = shape_of(draw)
+    return aten.copy.default, (real(*shape), real(*stretched(draw, shape)).float()), {}
+
+
 def creation(packet: Any) -> Callable[[Draw], Call]:
     def call(draw: Draw) -> Call:
         shape = shape_of(draw)
@@ -476,6 +499,73 @@ def index_tensor(draw: Draw) -> Call:
     if count < 3 and draw(st.integers(0, 4)) == 0:
         return aten.index.Tensor, (real(3, *shape), [None, *indices]), {}
     return aten.index.Tensor, (real(*shape), indices), {}
+
+
+def repeat(draw: Draw) -> Call:
+    shape = shape_of(draw)
+    counts = [draw(st.integers(1, 3)) for _ in range(len(shape) + draw(st.integers(0, 1)))]
+    return aten.repeat.default, (real(*shape), counts), {}
+
+
+def slice_scatter_any(draw: Draw) -> Call:
+    op, (base, *rest), kwargs = slice_scatter(draw)
+    return op, (Zeros(tuple(base.shape)) if draw(st.booleans()) else base, *rest), kwargs
+
+
+def a_table(draw: Draw) -> tuple[list[int], list[int], list[torch.Tensor], int]:
+    """A shape, the shape of an index into its first dims, and these indices."""
+    shape, out = shape_of(draw, 3), shape_of(draw, draw(st.integers(1, 2)))
+    count = draw(st.integers(1, 2))
+    return shape, out, [below(shape[i], *stretched(draw, out)) for i in range(count)], count
+
+
+def index_put(draw: Draw) -> Call:
+    shape, out, indices, count = a_table(draw)
+    indices[0] = below(shape[0], *out)
+    values = real(*out, *shape[count:])
+    return aten.index_put.default, (Zeros(tuple(shape)), indices, values, True), {}
+
+
+def index_add(draw: Draw) -> Call:
+    shape = shape_of(draw)
+    dim, count = a_dim(draw, len(shape)), draw(SIZES)
+    values = list(shape)
+    values[dim] = count
+    x = Zeros(tuple(shape)) if draw(st.booleans()) else real(*shape)
+    extra = draw(st.sampled_from([{}, {"alpha": 2}]))
+    return aten.index_add.default, (x, dim, below(shape[dim], count), real(*values)), extra
+
+
+def masked_index(draw: Draw) -> Call:
+    shape, out, indices, _ = a_table(draw)
+    mask = real(*stretched(draw, [*out, *shape[len(indices) :]])) > 0
+    return aten._unsafe_masked_index.default, (real(*shape), mask, indices, 0.5), {}
+
+
+def masked_index_put(draw: Draw) -> Call:
+    shape, out, indices, count = a_table(draw)
+    indices[0] = below(shape[0], *out)
+    values = real(*out, *shape[count:])
+    mask = real(*stretched(draw, list(values.shape))) > 0
+    op = aten._unsafe_masked_index_put_accumulate.default
+    return op, (Zeros(tuple(shape)), mask, indices, values), {}
+
+
+def whole_division(draw: Draw) -> Call:
+    mode = draw(st.sampled_from(["floor", "trunc"]))
+    return aten.div.Tensor_mode, (below(9, *shape_of(draw)), 2), {"rounding_mode": mode}
+
+
+def small(*shape: int) -> torch.Tensor:
+    """Whole numbers of which bfloat16 holds sums of products."""
+    return torch.randint(-1, 2, shape).bfloat16()
+
+
+def grouped(draw: Draw) -> Call:
+    rows, inner, groups = 6, draw(SIZES), 2
+    ends = torch.tensor([draw(st.integers(0, rows)), rows], dtype=torch.int32)
+    x, weights = small(rows, 8 * inner), small(groups, 8 * inner, 8)
+    return aten._grouped_mm.default, (x, weights, ends), {}
 
 
 def mm(draw: Draw) -> Call:
@@ -583,6 +673,7 @@ CALLS: dict[object, Callable[[Draw], Call]] = {
     aten.alias: unary(aten.alias.default),
     aten.detach: unary(aten.detach.default),
     aten.clone: unary(aten.clone.default, memory_format=torch.contiguous_format),
+    aten.copy: copy,
     aten.lift_fresh_copy: unary(aten.lift_fresh_copy.default),
     aten.fill: fill,
     aten.masked_fill: masked_fill,
@@ -610,7 +701,9 @@ CALLS: dict[object, Callable[[Draw], Call]] = {
     rules.shape.cut: cut,
     aten.cat: cat,
     aten.constant_pad_nd: pad,
-    aten.slice_scatter: slice_scatter,
+    aten.slice_scatter: slice_scatter_any,
+    aten.repeat: repeat,
+    aten.select_scatter: select_scatter,
     # create
     **{p: creation(p) for p in (aten.full, aten.zeros, aten.ones)},
     **{p: creation(p) for p in (aten.new_full, aten.new_zeros, aten.new_ones)},
@@ -670,10 +763,18 @@ CALLS: dict[object, Callable[[Draw], Call]] = {
     # attention
     aten._scaled_dot_product_flash_attention_for_cpu: attention(backward=False),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: attention(backward=True),
+    aten._unsafe_masked_index: masked_index,
+    aten._unsafe_masked_index_put_accumulate: masked_index_put,
+    aten.index_add: index_add,
+    # rows in the order of keys: these as they are elsewhere, what they say of rows is further down
+    aten.index_put: index_put,
+    aten.div.Tensor_mode: whole_division,
+    aten.histc: lambda d: (aten.histc.default, (real(*shape_of(d)), 4, 0, 3), {}),
+    aten._grouped_mm: grouped,
 }
 
 # Table entries that may never loop along an axis of their own.
-NEVER = {aten.scalar_tensor, aten.arange, prims.iota}
+NEVER = {aten.scalar_tensor, aten.arange, prims.iota, aten.histc, aten._grouped_mm}
 
 
 def test_every_rule_is_tested():
@@ -697,6 +798,301 @@ def test_chunks_make_the_whole(key: object):
         assert not ran
     else:
         assert ran, "no axis of any call could be looped over: the test says nothing"
+
+
+# -- rows in the order of sorted keys ------------------------------------------------------------
+
+EXPERTS = 4
+
+
+@dataclass
+class Sorted:
+    """Choices of `k` experts for every one of ``b s`` tokens, sorted by expert."""
+
+    b: int = 2
+    s: int = 3
+    k: int = 2
+    skewed: bool = False  # every token's first choice is the same
+    stable: bool = False
+    own_base: bool = False  # rows are added to values, not to zeros
+    counted: str = "keys"  # what the histogram is made of
+    most: int = EXPERTS - 1  # the last of its bins
+
+    def __post_init__(self) -> None:
+        self.sketch = Sketch()
+        self.tokens, self.count = self.b * self.s, self.b * self.s * self.k
+        scores = real(self.b, self.s, EXPERTS)
+        if self.skewed:
+            scores[..., 2] += 9
+        apart = self.sketch.input(scores)
+        flat = self.call(aten.view.default, apart, [self.tokens, EXPERTS])
+        picked = self.call(aten.topk.default, flat, self.k)
+        self.choice = self.call(operator.getitem, picked, 1)
+        self.keys = self.call(aten.view.default, self.choice, [-1])
+        if self.stable:
+            order = self.call(aten.sort.stable, self.keys, stable=True)
+        else:
+            order = self.call(aten.sort.default, self.keys)
+        self.in_order = self.call(operator.getitem, order, 0)
+        self.rows = self.call(operator.getitem, order, 1)
+        self.owner = self.call(aten.div.Tensor_mode, self.rows, self.k, rounding_mode="floor")
+
+    def call(self, op: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.sketch.call(op, *args, **kwargs)
+
+    def values(self, *shape: int) -> torch.Tensor:
+        return real(*shape)
+
+    def zeros(self, *shape: int) -> Any:
+        return self.call(aten.full.default, list(shape), 0, dtype=torch.float64)
+
+    def of_tokens(self, width: int = 2, values: Callable[..., torch.Tensor] = real) -> Any:
+        """An input per token, read in sorted order."""
+        x = self.sketch.input(values(self.b, self.s, width))
+        flat = self.call(aten.view.default, x, [self.tokens, width])
+        return self.call(aten.index.Tensor, flat, [self.owner])
+
+    def places(self) -> Any:
+        base = self.call(aten.empty.memory_format, [self.count], dtype=torch.int64)
+        up = {"start": 0, "step": 1, "dtype": torch.int64, "device": "cpu", "requires_grad": False}
+        iota = self.call(prims.iota.default, self.count, **up)
+        return self.call(aten.index_put.default, base, [self.rows], iota)
+
+    def back(self, y: Any) -> Any:
+        """Rows in the order of tokens, every token's choices added."""
+        width = y.meta["val"].shape[1]
+        y = self.call(aten.index.Tensor, y, [self.places()])
+        y = self.call(aten.view.default, y, [self.tokens, self.k, width])
+        return self.call(aten.sum.dim_IntList, y, [1])
+
+    def ends(self) -> Any:
+        keys = getattr(self, self.counted)
+        real_keys = self.call(prims.convert_element_type.default, keys, torch.float32)
+        self.counts = self.call(aten.histc.default, real_keys, EXPERTS, 0, self.most)
+        return self.call(aten.cumsum.default, self.counts, 0, dtype=torch.int32)
+
+
+def _read_rows(g: Sorted) -> list[Any]:
+    return [g.back(g.call(aten.tanh.default, g.of_tokens()))]
+
+
+def _read_choices(g: Sorted) -> list[Any]:
+    weights = g.sketch.input(g.values(g.tokens, g.k))
+    flat = g.call(aten.view.default, weights, [-1])
+    one = g.call(aten.unsqueeze.default, g.call(aten.index.Tensor, flat, [g.rows]), 1)
+    return [g.back(g.call(aten.mul.Tensor, g.of_tokens(), one))]
+
+
+def _add_to_tokens(g: Sorted) -> list[Any]:
+    y = g.call(aten.mul.Tensor, g.of_tokens(), g.call(aten.unsqueeze.default, g.in_order, 1))
+    base = g.sketch.input(g.values(g.tokens, 2)) if g.own_base else g.zeros(g.tokens, 2)
+    return [g.call(aten.index_put.default, base, [g.owner], y, True)]
+
+
+def _add_to_places(g: Sorted) -> list[Any]:
+    """What the gradient of ``y[places]`` does."""
+    grad = g.sketch.input(g.values(g.count, 2))
+    y = g.call(aten.index_put.default, g.zeros(g.count, 2), [g.places()], grad, True)
+    y = g.call(aten.mul.Tensor, y, g.of_tokens())
+    return [g.call(aten.index_put.default, g.zeros(g.count, 2), [g.rows], y, g.own_base)]
+
+
+def _argsort_twice(g: Sorted) -> list[Any]:
+    places = g.call(operator.getitem, g.call(aten.sort.default, g.rows), 1)
+    y = g.call(aten.index.Tensor, g.of_tokens(), [places])
+    return [g.call(aten.view.default, y, [g.tokens, g.k, 2])]
+
+
+def _gather_and_scatter(g: Sorted) -> list[Any]:
+    x = g.sketch.input(g.values(g.tokens, 3))
+    at = g.call(aten.expand.default, g.call(aten.unsqueeze.default, g.owner, 1), [g.count, 3])
+    y = g.call(aten.neg.default, g.call(aten.gather.default, x, 0, at))
+    return [g.call(aten.scatter_add.default, g.zeros(g.tokens, 3), 0, at, y)]
+
+
+def _select_and_add(g: Sorted) -> list[Any]:
+    x = g.sketch.input(g.values(3, g.tokens))
+    y = g.call(aten.neg.default, g.call(aten.index_select.default, x, 1, g.owner))
+    base = x if g.own_base else g.zeros(3, g.tokens)
+    return [g.call(aten.index_add.default, base, 1, g.owner, y)]
+
+
+def _table_by_key(g: Sorted) -> list[Any]:
+    """A bias per expert, and its gradient."""
+    bias = g.sketch.input(g.values(EXPERTS, 2))
+    y = g.call(aten.mul.Tensor, g.of_tokens(), g.call(aten.index.Tensor, bias, [g.in_order]))
+    grad = g.call(aten.index_put.default, g.zeros(EXPERTS, 2), [g.in_order], y, True)
+    return [g.back(y), grad]
+
+
+def _sums_of_rows(g: Sorted) -> list[Any]:
+    y = g.of_tokens()
+    product = g.call(aten.mm.default, g.call(aten.permute.default, y, [1, 0]), g.of_tokens(3))
+    return [g.call(aten.sum.dim_IntList, y, [0]), product]
+
+
+def _groups(g: Sorted) -> list[Any]:
+    weights = g.sketch.input(small(EXPERTS, 8, 16))
+    y = g.call(aten._grouped_mm.default, g.of_tokens(8, small), weights, g.ends())
+    return [g.back(y), g.counts]
+
+
+def _gradient_of_groups(g: Sorted) -> list[Any]:
+    left = g.call(aten.permute.default, g.of_tokens(8, small), [1, 0])
+    return [g.call(aten._grouped_mm.default, left, g.of_tokens(16, small), g.ends())]
+
+
+SORTED: list[Callable[[Sorted], list[Any]]] = [
+    _read_rows,
+    _read_choices,
+    _add_to_tokens,
+    _add_to_places,
+    _argsort_twice,
+    _gather_and_scatter,
+    _select_and_add,
+    _table_by_key,
+    _sums_of_rows,
+    _groups,
+    _gradient_of_groups,
+]
+
+
+SORTS = st.builds(
+    Sorted,
+    b=st.integers(1, 3),
+    s=st.integers(1, 4),
+    k=st.integers(1, 3),
+    skewed=st.booleans(),
+    stable=st.booleans(),
+    own_base=st.booleans(),
+    counted=st.sampled_from(["keys", "choice", "in_order"]),
+    most=st.sampled_from([EXPERTS - 1, EXPERTS]),
+)
+
+
+def runs_sorted(g: Sorted, outputs: Sequence[Any]) -> set[int]:
+    """Run the graph along every axis that its ops allow; the sizes of these axes."""
+    expected = g.sketch.finish(outputs)
+    axes = analyze_axes(g.sketch.graph, find_rule)
+    inside = frozenset(n for n in g.sketch.graph.nodes if n.op == "call_function")
+    needed: set[Any] = set()
+    stack = list(outputs)
+    while stack:
+        node = stack.pop()
+        if node in inside and node not in needed:
+            needed.add(node)
+            stack += axes.operands(node)
+    ran: set[int] = set()
+    for axis in axes.axes(g.keys):
+        roles = {axes.role(n, axis) for n in needed}
+        if "entangled" in roles or any(axes.is_relative(n, axis) for n in outputs[:1]):
+            continue
+        body = build_body(
+            outputs, axes=axes, axis=axis, inside=inside, tangent=set(), seed=outputs[0]
+        )
+        size = axes.table.sizes[axis]
+        assert isinstance(size, int)
+        for chunk in {1, 2, 3, size}:
+            got = run_body(body, axes, g.sketch.values, chunk)
+            assert_close([a.to(b.dtype) for a, b in zip(got, expected, strict=True)], expected)
+        ran.add(axis)
+    return ran
+
+
+@pytest.mark.parametrize("make", SORTED, ids=lambda f: f.__name__.strip("_"))
+def test_chunks_sort_their_own_rows(make: Callable[[Sorted], list[Any]]):
+    most: list[int] = []
+
+    @QUICK
+    @given(st.data())
+    def run(data: st.DataObject) -> None:
+        torch.manual_seed(data.draw(st.integers(0, 99)))
+        g = data.draw(SORTS)
+        outputs = make(g)
+        ran = runs_sorted(g, outputs)
+        long = [n for n in (g.b, g.s) if n > 1]
+        assert len(ran) >= len(long), "tokens can be looped over"
+        most.append(len(ran))
+
+    run()
+    assert max(most) >= 2
+
+
+def test_a_choice_is_no_loop_axis_where_rows_are_divided_by_its_size():
+    g = Sorted()
+    g.sketch.finish([g.back(g.of_tokens())])
+    axes = analyze_axes(g.sketch.graph, find_rule)
+    (choice,) = axes.dims(g.choice)[1]
+    assert axes.role(g.owner, choice) == "entangled"
+
+
+def test_rows_side_by_side_are_refused():
+    """Their groups would have to be aligned, which those of a chunk are not."""
+    g = Sorted(b=2, s=4, k=2)
+    left = g.call(aten.permute.default, g.of_tokens(8, small), [1, 0])
+    beside = g.call(aten.clone.default, left, memory_format=torch.contiguous_format)
+    right, ends = g.of_tokens(16, small), g.ends()
+    nodes = [g.call(aten._grouped_mm.default, x, right, ends) for x in (left, beside)]
+    g.sketch.graph.output(tuple(nodes))
+    axes = analyze_axes(g.sketch.graph, find_rule)
+    assert [axes.is_opaque(n) for n in nodes] == [False, True]
+
+
+# What looks into rows in the order of keys, or takes positions for something else.
+LOOKS: dict[str, Callable[[Sorted], Any]] = {
+    "the first rows": lambda g: g.call(aten.slice.Tensor, g.of_tokens(), 0, 0, 2),
+    "a softmax over rows": lambda g: g.call(aten._softmax.default, g.of_tokens(), 0, False),
+    "a running sum of rows": lambda g: g.call(aten.cumsum.default, g.of_tokens(), 0),
+    "rows beside tokens": lambda g: g.call(
+        aten.add.Tensor, g.of_tokens(), g.sketch.input(g.values(g.count, 2))
+    ),
+    "rows beside choices": lambda g: g.call(
+        aten.mul.Tensor, g.in_order, g.call(aten.alias.default, g.keys)
+    ),
+    "rows cut apart": lambda g: g.call(aten.view.default, g.in_order, [g.tokens, g.k]),
+    "positions as numbers": lambda g: g.call(aten.mul.Tensor, g.rows, 2),
+    "positions compared": lambda g: g.call(aten.lt.Scalar, g.rows, 3),
+    "positions modulo": lambda g: g.call(aten.remainder.Scalar, g.rows, g.k),
+    "a division by something else": lambda g: g.call(
+        aten.div.Tensor_mode, g.rows, g.k + 1, rounding_mode="floor"
+    ),
+    "a rounded division": lambda g: g.call(aten.div.Tensor_mode, g.rows, 2, rounding_mode=None),
+    "another table's rows": lambda g: g.call(
+        aten.index.Tensor, g.sketch.input(g.values(g.count + 1, 2)), [g.rows]
+    ),
+    "positions of positions": lambda g: g.call(aten.index.Tensor, g.rows, [g.rows]),
+    "positions added up": lambda g: g.call(aten.sum.default, g.rows),
+    "places as numbers": lambda g: g.call(aten.neg.default, g.places()),
+    "counts as numbers": lambda g: g.call(aten.mul.Tensor, g.ends() and g.counts, 2),
+    "ends as numbers": lambda g: g.call(aten.gt.Scalar, g.ends(), 2),
+    "counts, run twice": lambda g: g.call(aten.cumsum.default, g.ends(), 0),
+    "one row of several": lambda g: g.call(
+        aten.index_put.default, g.zeros(g.tokens, 2), [g.owner], g.of_tokens()
+    ),
+    "keys in descending order": lambda g: g.call(
+        operator.getitem, g.call(aten.sort.default, g.keys, 0, True), 0
+    ),
+    "scores in order": lambda g: g.call(
+        operator.getitem,
+        g.call(aten.sort.default, g.call(aten.mul.Tensor, g.keys, g.values(g.count)), 0),
+        0,
+    ),
+    "the best tokens of every expert": lambda g: g.call(
+        operator.getitem, g.call(aten.topk.default, g.choice, 2, 0), 0
+    ),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_who_looks_at_the_order_is_refused(look: str):
+    torch.manual_seed(0)
+    g = Sorted()
+    node = LOOKS[look](g)
+    g.sketch.graph.output((node,))
+    axes = analyze_axes(g.sketch.graph, find_rule)
+    made = node.all_input_nodes[0] if node.target is operator.getitem else node
+    roles = {axes.role(made, axis) for axis in axes.dims(g.choice)[0]}
+    assert roles == {"entangled"}
 
 
 # -- pointwise ops by their tag ------------------------------------------------------------------
