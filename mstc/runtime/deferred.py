@@ -38,33 +38,22 @@ can write to, the output is computed at once.
 
 from __future__ import annotations
 
-import functools
 import logging
-import re
-import threading
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import (
-    FakeTensor,
-    FakeTensorMode,
-    unset_fake_temporarily,
-)  # no fakes in a trace
 from torch._subclasses.functional_tensor import FunctionalTensor  # what AOTAutograd traces with
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._mode_utils import no_dispatch  # lets an op change a wrapper's own shape
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only  # for the arguments of any op
 
 from mstc.errors import DeferredOutputError
+from mstc.runtime.cell import Cell, Recipe, read_autocast
+from mstc.runtime.frontier import Stamped, stamped
+from mstc.runtime.gradient import gradient_graph
 from passes.defer import DeferredOutput
 from passes.open import Opening
 
@@ -160,169 +149,26 @@ def _make(
     spec: DeferredOutput, outputs: Sequence[Any], args: Sequence[Any], num_kept: int
 ) -> torch.Tensor:
     numbers: list[Any] = []
-    frontier: list[_Stamped] = []
+    frontier: list[Stamped] = []
     must_compute = False
     for source in spec.frontier:
         value = (args if source.kind == "input" else outputs)[source.index]
         is_tensor = isinstance(value, torch.Tensor)
         numbers.append(None if is_tensor else value)
         if is_tensor:
-            frontier.append(_stamped(value, source.name))
+            frontier.append(stamped(value, source.name))
             is_ours = source.kind == "output" and source.index >= num_kept
             must_compute |= value.is_inference() and not is_ours
-    autocast = _read_autocast(spec.device.type)
-    recipe = _Recipe(spec.closure, tuple(numbers), autocast, (), spec.source)
+    autocast = read_autocast(spec.device.type)
+    recipe = Recipe(spec.closure, tuple(numbers), autocast, (), spec.source)
     geometry = spec.geometry(args)
     tensors = [stamped.tensor for stamped in frontier]
     if must_compute:
         return recipe.run(tensors)
-    cell = _Cell(recipe, frontier, spec.dtype)
+    cell = Cell(recipe, frontier, spec.dtype)
     if spec.requires_grad and any(t.requires_grad for t in tensors):
         return _Attach.apply(cell, geometry, spec.dtype, spec.device, *tensors)
     return DeferredTensor(cell, geometry, spec.dtype, spec.device)
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """How to compute values from the tensors of a frontier."""
-
-    closure: Callable[..., torch.Tensor]
-    numbers: tuple[Any, ...]  # the frontier, with None where a tensor goes
-    autocast: tuple[tuple[str, bool, torch.dtype], ...]  # device type, whether on, dtype
-    casts: tuple[torch.dtype, ...]  # applied to what the closure returns, in order
-    source: str  # "file:line  code" of the user who makes the output
-
-    @property
-    def is_traceable(self) -> bool:
-        """Whether it can be traced on fake tensors: no value is read while it runs."""
-        closure = self.closure
-        return isinstance(closure, GraphModule) and not any(
-            node.op == "call_method" and node.target == "item" for node in closure.graph.nodes
-        )
-
-    def run(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The values, in the caller's grad mode."""
-        given = iter(tensors)
-        values = [next(given) if n is None else n for n in self.numbers]
-        with ExitStack() as stack:
-            for device_type, enabled, dtype in self.autocast:
-                # No cache: it would keep a cast weight until the caller's own region ends.
-                autocast = torch.autocast(device_type, dtype, enabled, cache_enabled=False)
-                stack.enter_context(autocast)
-            stack.enter_context(_same_autocast_depth())
-            result = self.closure(*values)
-        for dtype in self.casts:
-            result = result.to(dtype)
-        return result
-
-
-@contextmanager
-def _same_autocast_depth() -> Iterator[None]:
-    """Leave the autocast regions that a closure entered before it failed (out of memory, say)."""
-    depth = torch.autocast_increment_nesting()
-    try:
-        yield
-    finally:
-        while torch.autocast_decrement_nesting() >= depth:
-            pass
-
-
-def _read_autocast(device_type: str) -> tuple[tuple[str, bool, torch.dtype], ...]:
-    return tuple(
-        (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d))
-        for d in sorted({device_type, "cpu"})
-        if torch.amp.is_autocast_available(d)
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class _Stamped:
-    """A tensor of a frontier, and what tells whether it is still the same."""
-
-    tensor: torch.Tensor
-    name: str  # for people
-    stamp: tuple[int | None, ...]  # at the time of the call
-    part: torch.Tensor  # an alias with the tensor's place in autograd, as it was at the call
-    detached: torch.Tensor  # an alias without
-
-
-def _stamped(tensor: torch.Tensor, name: str) -> _Stamped:
-    """Aliases are made once: `torch.compile` tells tensors apart by identity, and a caller may pass
-    the tensor itself to the same graph."""
-    part = _Alias.apply(tensor) if tensor.requires_grad else tensor.detach()
-    return _Stamped(tensor, name, _stamp(tensor), part, tensor.detach())
-
-
-class _Alias(torch.autograd.Function):
-    """The same values and gradient, in a tensor that is no view."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0]
-
-
-def _stamp(tensor: torch.Tensor) -> tuple[int | None, ...]:
-    """Version, address and bytes; None for what the tensor does not have."""
-    version = None if tensor.is_inference() else tensor._version
-    if is_traceable_wrapper_subclass(tensor) or isinstance(tensor, FakeTensor):
-        return version, None, None
-    return version, tensor.data_ptr(), tensor.untyped_storage().nbytes()
-
-
-class _Cell:
-    """The values of a deferred tensor, once they are made; detached tensors share it."""
-
-    traced = False
-    """Whether it was made from parts: they stay its inner tensors while the trace goes on."""
-    passed_on = False
-    """Whether a graph has computed it inside, so that gradients pass it by."""
-
-    def __init__(self, recipe: _Recipe, frontier: Sequence[_Stamped], dtype: torch.dtype):
-        self.recipe = recipe
-        self.frontier = frontier
-        self.dtype = dtype
-        self.made: torch.Tensor | None = None
-        self.changed: _Stamped | None = None  # what an optimizer stepped on
-        self.lock = threading.RLock()
-        if frontier:
-            _watch_optimizers()
-            with _WAITING_LOCK:
-                _WAITING.add(self)
-
-    @staticmethod
-    def of(values: torch.Tensor) -> _Cell:
-        """A cell whose values are there already."""
-        cell = _Cell(_NO_RECIPE, (), values.dtype)
-        cell.made = values
-        return cell
-
-    def values(self) -> torch.Tensor:
-        """The values, outside autograd. Raises `DeferredOutputError` if they cannot be made."""
-        with self.lock:
-            if self.made is None:
-                self.check()
-                with unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad():
-                    self.made = self.recipe.run([stamped.tensor for stamped in self.frontier])
-                assert self.made.dtype == self.dtype, "a closure's dtype differs from its output's"
-                if not self.traced:
-                    self.frontier = ()
-        return self.made
-
-    def check(self) -> None:
-        """Raise `DeferredOutputError` if the frontier is no longer what it was."""
-        for stamped in () if self.traced else self.frontier:
-            if stamped is self.changed or _stamp(stamped.tensor) != stamped.stamp:
-                raise DeferredOutputError(_explain(stamped, self.recipe.source))
-
-    def cast(self, dtype: torch.dtype) -> _Cell:
-        """A cell for the values in another dtype, made from the frontier again."""
-        cell = _Cell(replace(self.recipe, casts=(*self.recipe.casts, dtype)), self.frontier, dtype)
-        cell.changed, cell.traced = self.changed, self.traced
-        return cell
 
 
 _MOST_PARTS = 8
@@ -343,7 +189,7 @@ def _part_name(index: int) -> str:
 class _Context:
     """What a traced deferred tensor is, beside its parts; graphs are compiled for one."""
 
-    recipe: _Recipe
+    recipe: Recipe
     dtype: torch.dtype
     device: torch.device
     storage_offset: Any
@@ -364,43 +210,6 @@ class _Context:
         return self  # nothing in it changes
 
 
-_NO_RECIPE = _Recipe(lambda: torch.empty(0), (), (), (), "")
-
-_WAITING: weakref.WeakSet[_Cell] = weakref.WeakSet()
-"""Cells whose values may still have to be made."""
-_WAITING_LOCK = threading.Lock()
-
-
-@functools.cache
-def _watch_optimizers() -> None:
-    hook: Any = torch.compiler.disable(_note_step)
-    register_optimizer_step_post_hook(hook)
-
-
-def _note_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Remember which frontiers an optimizer changed: a fused step leaves no other trace."""
-    with _WAITING_LOCK:
-        waiting = [cell for cell in _WAITING if cell.frontier]
-    if waiting:
-        params = (p for group in optimizer.param_groups for p in group["params"])
-        stepped = {id(p) for p in params if p.grad is not None}
-        for cell in waiting:
-            hit = (s for s in cell.frontier if id(s.tensor) in stepped)
-            cell.changed = cell.changed or next(hit, None)
-
-
-def _explain(stamped: _Stamped, source: str) -> str:
-    parts = re.findall(r"\['(\w+)'\]", stamped.name)
-    name = ".".join(p for p in parts if p not in ("self", "_modules", "_parameters", "_buffers"))
-    made = f" made at {source}" if source else ""
-    return (
-        f"The output{made} was deferred: mst computes it when it is first read. But what it is"
-        f" computed from, {name or stamped.name}, has been changed in place since the forward pass,"
-        " so its values are lost. Read the output (for example outputs.logits) before"
-        " optimizer.step(), or compile with options={'defer_outputs': False}."
-    )
-
-
 class DeferredTensor(torch.Tensor):
     """A tensor whose values are computed when something first needs them.
 
@@ -408,14 +217,14 @@ class DeferredTensor(torch.Tensor):
     `DeferredOutputError`, when what it is computed from has changed in place in the meantime.
     """
 
-    _cell: _Cell
+    _cell: Cell
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
         cls: type[DeferredTensor],
-        cell: _Cell,
+        cell: Cell,
         geometry: Geometry,
         dtype: torch.dtype,
         device: torch.device,
@@ -475,7 +284,7 @@ class DeferredTensor(torch.Tensor):
     def _made(self) -> torch.Tensor:
         return self._cell.values()
 
-    def _with_cell(self, cell: _Cell) -> DeferredTensor:
+    def _with_cell(self, cell: Cell) -> DeferredTensor:
         geometry = self.shape, self.stride(), self.storage_offset()
         return DeferredTensor(cell, geometry, cell.dtype, self.device)
 
@@ -495,7 +304,7 @@ class DeferredTensor(torch.Tensor):
         """An operation like `unsqueeze_`: aliases keep their shape, so this gets its own cell."""
         values = self._made.detach()
         func(values, *args[1:], **kwargs)
-        self._cell = _Cell.of(values)
+        self._cell = Cell.of(values)
         with no_dispatch():  # and now the wrapper itself, which has no memory
             before = torch._C._meta_in_tls_dispatch_include()
             torch._C._set_meta_in_tls_dispatch_include(True)
@@ -580,14 +389,14 @@ class DeferredTensor(torch.Tensor):
     ) -> DeferredTensor:
         if context is not None:
             parts = [inner[_part_name(i)] for i in range(len(inner))]
-            frontier = [_Stamped(part, "", (), part, part) for part in parts]
-            cell = _Cell(context.recipe, frontier, context.dtype)
+            frontier = [Stamped(part, "", (), part, part) for part in parts]
+            cell = Cell(context.recipe, frontier, context.dtype)
             cell.traced = True
             geometry = size, stride, context.storage_offset
             return DeferredTensor(cell, geometry, context.dtype, context.device)
         values = inner["_made"]
         geometry = size, stride, values.storage_offset()
-        return DeferredTensor(_Cell.of(values), geometry, values.dtype, values.device)
+        return DeferredTensor(Cell.of(values), geometry, values.dtype, values.device)
 
     # What reads or replaces memory without the dispatcher.
 
@@ -607,7 +416,7 @@ class DeferredTensor(torch.Tensor):
     def data(self, new: torch.Tensor) -> None:
         new = new._made if isinstance(new, DeferredTensor) else new
         geometry = new.shape, new.stride(), new.storage_offset()
-        like_new = DeferredTensor(_Cell.of(new.detach()), geometry, new.dtype, new.device)
+        like_new = DeferredTensor(Cell.of(new.detach()), geometry, new.dtype, new.device)
         torch.Tensor.data.__set__(self, like_new)  # type: ignore[attr-defined]
         self._cell = like_new._cell
 
@@ -640,62 +449,13 @@ for _name in (
     setattr(DeferredTensor, _name, _on_values(_name))
 
 
-_TRACED: weakref.WeakKeyDictionary[Any, dict[Any, Callable[..., Any] | None]] = (
-    weakref.WeakKeyDictionary()
-)
-"""Per closure: its gradients as a graph, for the shapes that came; None where the trace failed."""
-_MOST_TRACED = 16  # per closure; beyond, shapes vary too much for a trace of each
-
-
-def gradient_graph(
-    recipe: _Recipe, tensors: Sequence[torch.Tensor], wanted: Sequence[bool], grad: torch.Tensor
-) -> Callable[..., Any] | None:
-    """``graph(grad, *tensors)`` gives the gradients wanted; None where it cannot be traced.
-
-    A linear layer's gradients do not need its output: the graph does not compute it.
-    """
-    plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (grad, *tensors))
-    if not (plain and recipe.is_traceable):
-        return None
-    graphs = _TRACED.setdefault(recipe.closure, {})
-    metas = tuple((t.shape, t.stride(), t.dtype, t.device) for t in (grad, *tensors))
-    key = (recipe.numbers, recipe.autocast, recipe.casts, tuple(wanted), metas)
-    if key not in graphs:
-        if len(graphs) >= _MOST_TRACED:
-            return None
-        try:
-            graphs[key] = _trace_gradients(recipe, tensors, wanted, grad)
-        except Exception:  # running the closure again gives the same gradients, only slower
-            log.debug("the gradients of a deferred output cannot be traced", exc_info=True)
-            graphs[key] = None
-    return graphs[key]
-
-
-def _trace_gradients(
-    recipe: _Recipe, tensors: Sequence[torch.Tensor], wanted: Sequence[bool], grad: torch.Tensor
-) -> Callable[..., Any]:
-    def gradients(grad: torch.Tensor, *given: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        with torch.enable_grad():
-            leaves = [t.detach().requires_grad_(w) for t, w in zip(given, wanted, strict=True)]
-            output = recipe.run(leaves)
-        inputs = [t for t, w in zip(leaves, wanted, strict=True) if w]
-        return torch.autograd.grad(output, inputs, grad, allow_unused=True)
-
-    mode = FakeTensorMode()
-    fakes = [mode.from_tensor(t.detach(), static_shapes=True) for t in (grad, *tensors)]
-    graph = make_fx(gradients)(*fakes)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
-    return graph
-
-
 class _Attach(torch.autograd.Function):
     """Makes a deferred tensor a differentiable function of its frontier."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        cell: _Cell,
+        cell: Cell,
         geometry: Geometry,
         dtype: torch.dtype,
         device: torch.device,
