@@ -154,6 +154,16 @@ def slice_scatter(call: OpCall) -> OpAxes | None:
     return OpAxes((base,), entangled=(base[dim], source[dim]))
 
 
+def select_scatter(call: OpCall) -> OpAxes | None:
+    """The source lands at one position of `dim`; the other dims align."""
+    base, source = (call.dims(a) for a in call.node.args[:2])
+    dim = dim_of(call.node, len(base))
+    for left, right in zip((*base[:dim], *base[dim + 1 :]), source, strict=True):
+        if not call.table.unify(left, right):
+            return None
+    return OpAxes((base,), entangled=(base[dim],))
+
+
 RULES: dict[object, Rule] = {
     **dict.fromkeys(RESHAPES, reshape),
     aten.permute: permute,
@@ -167,4 +177,5 @@ RULES: dict[object, Rule] = {
     aten.cat: cat,
     aten.constant_pad_nd: pad,
     aten.slice_scatter: slice_scatter,
+    aten.select_scatter: select_scatter,
 }

@@ -381,6 +381,15 @@ def slice_scatter(draw: Draw) -> Call:
     return aten.slice_scatter.default, (real(*shape), real(*part), dim, start, end), {}
 
 
+def select_scatter(draw: Draw) -> Call:
+    shape = shape_of(draw)
+    dim = a_dim(draw, len(shape))
+    index = draw(st.integers(0, shape[dim] - 1))
+    part = list(shape)
+    del part[dim]
+    return aten.select_scatter.default, (real(*shape), real(*part), dim, index), {}
+
+
 def creation(packet: Any) -> Callable[[Draw], Call]:
     def call(draw: Draw) -> Call:
         shape = shape_of(draw)
@@ -578,6 +587,7 @@ CALLS: dict[object, Callable[[Draw], Call]] = {
     aten.cat: cat,
     aten.constant_pad_nd: pad,
     aten.slice_scatter: slice_scatter,
+    aten.select_scatter: select_scatter,
     # create
     **{p: creation(p) for p in (aten.full, aten.zeros, aten.ones)},
     **{p: creation(p) for p in (aten.new_full, aten.new_zeros, aten.new_ones)},
