@@ -13,6 +13,8 @@ How it works
 - Where the frontier requires grad, the tensor is the output of an autograd function with the
   frontier as input. Its backward computes the gradients from the frontier (traced once, so that of
   the closure only what they need is repeated); nothing of the output's size is saved.
+- Operations of eager code that can wait are recorded (`mstc.runtime.record`), forward and backward,
+  and give deferred tensors again. Small ones run in chunks when somebody needs their values.
 - `detach()` and floating-point casts make another deferred tensor. A detached one shares the
   values, as everywhere in PyTorch; a cast makes its own.
 - The closure runs once, under a lock, with the autocast state of the call that returned the tensor.
@@ -33,27 +35,48 @@ hooks on `logits.grad_fn` do not run (those on the tensor do), `torch.autograd.g
 says that they were not used, and `loss.backward(inputs=[logits])` leaves no gradient.
 `untyped_storage()` has the right size and no memory: `torch.compile` asks for it while tracing.
 Tensors made in `torch.inference_mode` have no version: when the closure reads one that the caller
-can write to, the output is computed at once.
+can write to, the output is computed at once. The gradient that `torch.autograd.grad` or a custom
+function gives for deferred tensors may be a deferred tensor, too: read it before the next step.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._C._functorch import peek_interpreter_stack  # is a function being transformed?
 from torch._ops import OpOverload
 from torch._subclasses.functional_tensor import FunctionalTensor  # what AOTAutograd traces with
 from torch.fx import GraphModule
 from torch.utils._mode_utils import no_dispatch  # lets an op change a wrapper's own shape
-from torch.utils._pytree import tree_map_only  # for the arguments of any op
+from torch.utils._pytree import tree_flatten, tree_map_only  # for the arguments of any op
 
 from mstc.errors import DeferredOutputError
-from mstc.runtime.cell import Cell, Recipe, read_autocast
+from mstc.runtime.cell import Cell, RecordedCell, ViewCell, sticky_cell
+from mstc.runtime.evaluation import evaluate
 from mstc.runtime.frontier import Stamped, stamped
 from mstc.runtime.gradient import gradient_graph
+from mstc.runtime.recipe import Recipe, read_autocast
+from mstc.runtime.record import (
+    LOCK,
+    NARROW_SHARE,
+    Root,
+    Value,
+    decomposition,
+    frontier_leaf,
+    functional_of,
+    is_plain,
+    is_view,
+    may_record,
+    pick,
+    quiet,
+    record,
+    replay,
+)
 from passes.defer import DeferredOutput
 from passes.open import Opening
 
@@ -72,6 +95,7 @@ def wrap_outputs(
     args: Sequence[Any],
     *,
     num_outputs: int,
+    compile_record: Callable[..., Any] | None = None,
 ) -> list[Any]:
     """The original outputs, with a `DeferredTensor` in the place of each that was deferred.
 
@@ -82,10 +106,12 @@ def wrap_outputs(
         outputs: what the compiled `DeferResult.graph_module` returned.
         args: what it was called with.
         num_outputs: from `passes.defer.DeferResult`.
+        compile_record: compiles what eager code does to the outputs (a graph module, its inputs);
+            with None, they are made when eager code reads them.
     """
     gone = {index: spec for spec in deferred for index in spec.indices}
     num_kept = num_outputs - len(gone)
-    made = {spec.indices: _make(spec, outputs, args, num_kept) for spec in deferred}
+    made = {spec.indices: _make(spec, outputs, args, num_kept, compile_record) for spec in deferred}
     kept = iter(outputs)
     return [made[gone[i].indices] if i in gone else next(kept) for i in range(num_outputs)]
 
@@ -146,7 +172,11 @@ def plain_example(example: DeferredTensor) -> torch.Tensor:
 
 
 def _make(
-    spec: DeferredOutput, outputs: Sequence[Any], args: Sequence[Any], num_kept: int
+    spec: DeferredOutput,
+    outputs: Sequence[Any],
+    args: Sequence[Any],
+    num_kept: int,
+    compile_record: Callable[..., Any] | None,
 ) -> torch.Tensor:
     numbers: list[Any] = []
     frontier: list[Stamped] = []
@@ -160,7 +190,7 @@ def _make(
             is_ours = source.kind == "output" and source.index >= num_kept
             must_compute |= value.is_inference() and not is_ours
     autocast = read_autocast(spec.device.type)
-    recipe = Recipe(spec.closure, tuple(numbers), autocast, (), spec.source)
+    recipe = Recipe(spec.closure, tuple(numbers), autocast, (), spec.source, compile_record)
     geometry = spec.geometry(args)
     tensors = [stamped.tensor for stamped in frontier]
     if must_compute:
@@ -239,7 +269,7 @@ class DeferredTensor(torch.Tensor):
     @property
     def is_materialized(self) -> bool:
         """Whether the values have been computed."""
-        return self._cell.made is not None
+        return self._cell.is_there
 
     def materialize(self) -> torch.Tensor:
         """This tensor as a `torch.Tensor` that shares its values and its place in autograd."""
@@ -262,10 +292,14 @@ class DeferredTensor(torch.Tensor):
                 return first._with_cell(first._cell.cast(kwargs["dtype"]))
             if torch.Tag.inplace_view in getattr(func, "tags", ()):
                 return first._change_shape(func, args, kwargs)
+        recorded = _record_call(func, args, kwargs)
+        if recorded is not NotImplemented:
+            return recorded
         opened: dict[int, DeferredTensor] = {}
 
         def open_one(tensor: DeferredTensor) -> torch.Tensor:
             values = tensor._made
+            _keep_gradients_lazy(tensor)
             opened.setdefault(id(values), tensor)
             return values
 
@@ -294,6 +328,8 @@ class DeferredTensor(torch.Tensor):
         same = (None, self.device, self.layout, torch.preserve_format)
         return (
             not self.is_materialized
+            and bool(self._cell.frontier)
+            and not self._cell.rewritten
             and self.is_contiguous()
             and dtype is not None
             and dtype.is_floating_point
@@ -325,10 +361,11 @@ class DeferredTensor(torch.Tensor):
             return True
         return (
             cell.made is None
+            and not cell.rewritten
             and 0 < len(cell.frontier) <= _MOST_PARTS
             and all(number is None for number in cell.recipe.numbers)
             and cell.recipe.is_traceable
-            and self._version == 0
+            and (self.is_inference() or self._version == 0)
             and not self._backward_hooks
             and not self.retains_grad
             and (not self.requires_grad or getattr(self.grad_fn, "recipe", None) is cell.recipe)
@@ -355,10 +392,12 @@ class DeferredTensor(torch.Tensor):
 
     def register_hook(self, hook: Callable[[torch.Tensor], object]) -> Any:
         self._check_not_passed_on("register_hook")
-        return super().register_hook(hook)
+        return super().register_hook(lambda grad: hook(_plain_gradient(grad)))
 
     def retain_grad(self) -> None:
         self._check_not_passed_on("retain_grad")
+        if not self.retains_grad and not self.is_leaf:
+            super().register_hook(_plain_gradient)
         super().retain_grad()
 
     def _check_not_passed_on(self, what: str) -> None:
@@ -423,6 +462,9 @@ class DeferredTensor(torch.Tensor):
     def __repr__(self, *, tensor_contents: str | None = None) -> str:
         return self._plain().__repr__(tensor_contents=tensor_contents)
 
+    def __format__(self, format_spec: str) -> str:
+        return self.item().__format__(format_spec) if self.dim() == 0 else repr(self)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         return memo.setdefault(id(self), self._plain().__deepcopy__(memo))
 
@@ -449,6 +491,166 @@ for _name in (
     setattr(DeferredTensor, _name, _on_values(_name))
 
 
+# --- what eager code does to it -------------------------------------------------------------------
+
+
+def _record_call(func: Any, args: Any, kwargs: Any) -> Any:
+    """Write an operation down instead of doing it; NotImplemented where it cannot wait."""
+    if not isinstance(func, OpOverload):
+        return NotImplemented
+    flat = tree_flatten((args, kwargs))[0]
+    tensors = [t for t in flat if isinstance(t, torch.Tensor)]
+    deferred = [t for t in tensors if isinstance(t, DeferredTensor)]
+    if not any(t._cell.can_wait for t in deferred) or _is_traced(tensors):
+        return NotImplemented
+    if torch.is_grad_enabled() and any(
+        t.requires_grad and not isinstance(t, DeferredTensor) for t in tensors
+    ):
+        return NotImplemented  # its gradient would be a deferred tensor
+    if (parts := decomposition(func)) is not None:
+        return parts(*args, **kwargs)
+    functional = functional_of(func) if func._schema.is_mutable else func
+    if functional is None or not may_record(functional, args, kwargs):
+        return NotImplemented
+    with LOCK:
+        values = {id(t): _value_of(t) for t in deferred}
+        if any(v is None for v in values.values()):
+            return NotImplemented
+        if func is aten.as_strided.default and not _starts_memory(args[0], values[id(args[0])]):
+            return NotImplemented
+        own = tree_map_only(DeferredTensor, lambda t: values[id(t)], (args, kwargs))
+        value = record(functional, *own)
+        if value is None:
+            return NotImplemented
+        if functional is not func:
+            return _rewrite(args[0], value)
+        return _wrap(value, func, args, kwargs)
+
+
+def _starts_memory(tensor: DeferredTensor, value: Any) -> bool:
+    """Whether a recorded tensor lies in memory as its value does: ``as_strided`` reads memory."""
+    if not isinstance(value, Value) or tensor.storage_offset() != 0:
+        return False
+    return value.meta.storage_offset() == 0 and value.meta.stride() == tensor.stride()
+
+
+def _value_of(tensor: DeferredTensor) -> Value | torch.Tensor | None:
+    cell = tensor._cell
+    return cell.expression() if cell.can_wait else cell.made if cell.is_there else None
+
+
+def _is_traced(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether somebody traces, or transforms a function, or has tensors of an own kind."""
+    return (
+        torch.compiler.is_compiling()
+        or peek_interpreter_stack() is not None
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+        or not all(type(t) is DeferredTensor or is_plain(t) for t in tensors)
+    )
+
+
+def _wrap(value: Value, func: OpOverload, args: Any, kwargs: Any) -> Any:
+    """What the operation returns."""
+    several = isinstance(value.meta, list | tuple)
+    base = args[0]._cell if is_view(func) else None
+
+    def one(meta: torch.Tensor, index: int | None) -> DeferredTensor:
+        if base is not None:
+            cell: Cell = ViewCell(base, func, args[1:], kwargs, index)
+        else:
+            cell = RecordedCell(value if index is None else pick(value, index))
+        geometry = meta.shape, meta.stride(), meta.storage_offset()
+        return DeferredTensor(cell, geometry, meta.dtype, meta.device)
+
+    if not several:
+        return one(value.meta, None)
+    return type(value.meta)(one(m, i) for i, m in enumerate(value.meta))
+
+
+def _rewrite(tensor: Any, value: Value) -> Any:
+    """Let a tensor stand for what an in-place operation has made of it."""
+    if not isinstance(tensor, DeferredTensor) or not tensor._cell.can_wait:
+        return NotImplemented
+    if value.meta.shape != tensor.shape:
+        return NotImplemented
+    if value.meta.stride() != tensor.stride() and not isinstance(tensor._cell, ViewCell):
+        return NotImplemented  # a view has the strides of what is behind it
+    if value.meta.dtype != tensor.dtype:
+        if not torch.can_cast(value.meta.dtype, tensor.dtype):
+            return NotImplemented
+        cast = record(aten._to_copy.default, (value,), {"dtype": tensor.dtype})
+        if cast is None:
+            return NotImplemented
+        value = cast
+    try:
+        tensor._cell.rewrite(value)
+    except NotImplementedError:
+        return NotImplemented
+    return tensor
+
+
+def _keep_gradients_lazy(tensor: DeferredTensor) -> None:
+    """Values of a small result go to ordinary operations, whose gradients are ordinary tensors: let
+    them be recorded as well when they come back, since a `gather` makes a wide one of a narrow."""
+    cell = tensor._cell
+    if not isinstance(cell, RecordedCell | ViewCell) or cell.lineage is None:
+        return
+    if not (torch.is_grad_enabled() and tensor.requires_grad):
+        return
+    node: Any = tensor.grad_fn
+    if node is None or "mst" in node.metadata:
+        return
+    node.metadata["mst"] = True
+    node.register_prehook(functools.partial(_deferred_gradients, *cell.lineage))
+
+
+def _deferred_gradients(
+    widest: int, roots: frozenset[Root], grads: tuple[torch.Tensor | None, ...]
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients with which operations wait, where they are small."""
+
+    def one(grad: torch.Tensor | None) -> torch.Tensor | None:
+        if grad is None or not is_plain(grad) or torch.is_grad_enabled():
+            return grad
+        if grad.numel() * grad.element_size() * NARROW_SHARE > widest:
+            return grad
+        cell = sticky_cell(grad, widest, roots)
+        geometry = grad.shape, grad.stride(), grad.storage_offset()
+        return None if cell is None else DeferredTensor(cell, geometry, grad.dtype, grad.device)
+
+    return tuple(map(one, grads))
+
+
+def _plain_gradient(grad: Any) -> Any:
+    """A gradient for the user's eyes, and for his `.grad`."""
+    return grad.materialize() if isinstance(grad, DeferredTensor) else grad
+
+
+def _small_gradients(
+    recipe: Recipe, tensors: Sequence[torch.Tensor], wanted: Sequence[bool], grad: torch.Tensor
+) -> list[torch.Tensor | None] | None:
+    """The gradients of a closure's frontier, from a recorded gradient of its output; None where
+    that is not recorded."""
+    if not isinstance(grad, DeferredTensor) or torch.is_grad_enabled():
+        return None
+    value = grad._cell.expression() if grad._cell.can_wait else None
+    plain = [t.detach() for t in tensors]
+    if value is None or not all(is_plain(t) for t in plain):
+        return None
+    with LOCK:
+        with quiet():
+            graph = gradient_graph(recipe, plain, wanted, value.meta)
+        if graph is None:
+            return None
+        leaves = [frontier_leaf(stamped(t, ""), None, value.roots) for t in plain]
+        found = replay(graph, [value, *leaves])
+    if found is None:
+        return None
+    made = iter(evaluate([v for v in found if v is not None], backward=True))
+    given = iter(None if v is None else next(made) for v in found)
+    return [next(given) if w else None for w in wanted]
+
+
 class _Attach(torch.autograd.Function):
     """Makes a deferred tensor a differentiable function of its frontier."""
 
@@ -473,6 +675,10 @@ class _Attach(torch.autograd.Function):
         if grad is None or not any(wanted):
             return (None,) * len(ctx.needs_input_grad)
         tensors = list(ctx.saved_tensors)
+        made = _small_gradients(ctx.recipe, tensors, wanted, grad)
+        if made is not None:
+            return (None,) * 4 + tuple(made)
+        grad = _plain_gradient(grad)
         create_graph = torch.is_grad_enabled()  # of a gradient that will be differentiated itself
         traced = None if create_graph else gradient_graph(ctx.recipe, tensors, wanted, grad)
         if traced is not None:
