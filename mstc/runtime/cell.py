@@ -293,7 +293,12 @@ def _stepped(optimizer: Optimizer) -> set[int]:
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Compute the small results that somebody holds while the weights are still there."""
+    """Compute the small results that somebody holds while the weights are still there, and the
+    gradients that a custom function gave."""
+    for param in (p for group in optimizer.param_groups for p in group["params"]):
+        if (materialize := getattr(param.grad, "materialize", None)) is not None:
+            with torch.no_grad():
+                param.grad = materialize()
     cells = held_cells()
     stepped = _stepped(optimizer) if cells else set()
     for cell in cells:

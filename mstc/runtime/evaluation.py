@@ -88,8 +88,10 @@ def evaluate(targets: Sequence[Value], *, backward: bool = False) -> list[torch.
     with LOCK, quiet():
         roots = frozenset(r for v in targets for r in v.roots)
         results: dict[Value, Any] = {}
-        for value in _ordered(targets):
+        needed = _ordered(targets)
+        for value in needed:
             value.check()
+        inputs = [v.tensor for v in needed if isinstance(v.tensor, torch.Tensor)]
         others = [v for v in _held_values(roots) if _is_whole(v)]
         whole = not backward and any(v.is_wide and v.tensor is None for v in targets)
         if whole or _is_tracing():
@@ -98,7 +100,24 @@ def evaluate(targets: Sequence[Value], *, backward: bool = False) -> list[torch.
             for root in roots:
                 root.evaluations += not backward
             _run(targets, others, results)
-        return [results.get(v, v.tensor) for v in targets]
+        found = [results.get(v, v.tensor) for v in targets]
+        return _apart(found, inputs) if backward else found
+
+
+def _apart(tensors: list[torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Each in memory of its own: they become somebody's ``.grad``, which is written to.
+
+    Equal values are computed once, and one may be an input of the record."""
+    taken = {_place(t) for t in inputs}
+    for index, tensor in enumerate(tensors):
+        if _place(tensor) in taken:
+            tensors[index] = tensor.clone()
+        taken.add(_place(tensors[index]))
+    return tensors
+
+
+def _place(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _run(targets: Sequence[Value], others: list[Value], results: dict[Value, Any]) -> None:

@@ -36,7 +36,6 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_flatten, tree_map_only
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from mstc.errors import DeferredOutputError
 from mstc.runtime.frontier import Stamped, explain_change, stamp_of
@@ -98,13 +97,12 @@ class Root:
         self.compile_record = compile_record
         self.source = source  # "file:line  code" of the user who makes the output, or ""
         self.evaluations = 0  # how often the output was computed for a result, no backward counted
-        self.changed = ""  # the name of a tensor that an optimizer stepped on
+        self.changed: set[str] = set()  # names of the tensors that an optimizer stepped on
         self.leaves: weakref.WeakSet[Value] = weakref.WeakSet()  # parameters and hidden states
 
     def note_step(self, stepped: set[int]) -> None:
         """Remember what an optimizer has changed: tensors by their `id`."""
-        hit = (v.name for v in self.read_by(stepped))
-        self.changed = self.changed or next(hit, "")
+        self.changed |= {v.name for v in self.read_by(stepped)}
 
     def read_by(self, stepped: set[int]) -> list[Value]:
         """The leaves that an optimizer is to change."""
@@ -156,7 +154,7 @@ class Value:
         if self.stamps:
             original = self.original and self.original()
             own = self.stamps[0] == stamp_of(self.tensor)
-            stepped = any(r.changed and r.changed == self.name for r in self.roots)
+            stepped = any(self.name in r.changed for r in self.roots)
             if own and not stepped and (original is None or self.stamps[1] == stamp_of(original)):
                 return
             source = next((r.source for r in self.roots), "")
@@ -171,8 +169,6 @@ def nbytes(meta: Any) -> int:
 # --- leaves ---------------------------------------------------------------------------------------
 
 _FAKES = FakeTensorMode()
-_COPIES = WeakTensorKeyDictionary()
-"""Tensor -> its version, and the leaf that holds a copy of it."""
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
@@ -220,22 +216,20 @@ def leaf(tensor: torch.Tensor, widest: int, roots: frozenset[Root]) -> Value | N
         return None
     made = Value(_fake(tensor), max(widest, size), roots)
     made.tensor, made.name = tensor, "a tensor that the loss reads"
-    made.stamps = (stamp_of(made.tensor), None)
+    made.stamps = (stamp_of(tensor), stamp_of(tensor))
+    made.original = weakref.ref(tensor)
+    for root in roots:
+        root.leaves.add(made)
     return made
 
 
 def _copied(tensor: torch.Tensor, widest: int, roots: frozenset[Root]) -> Value:
-    version = None if tensor.is_inference() else tensor._version
-    known = _COPIES.get(tensor)
-    if known is not None and version is not None and known[0] == version:
-        found = known[1]()
-        if found is not None and found.widest == widest and found.roots == roots:
-            return found
+    """Not shared between operations: nothing tells whether it was written to in between, if that
+    was done behind the version counter's back."""
     with quiet():
         copy = tensor.detach().clone()
     made = Value(_fake(copy), widest, roots)
     made.tensor = copy
-    _COPIES[tensor] = version, weakref.ref(made)
     return made
 
 

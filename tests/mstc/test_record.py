@@ -746,3 +746,20 @@ def test_a_parameter_that_scales_the_logits() -> None:
         return scale.grad
 
     both(use)
+
+
+def test_gradients_are_apart() -> None:
+    """Two weights that get the same gradient get it in memory of their own."""
+
+    def logits(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        hidden = x.sin()
+        return F.linear(hidden, first) + F.linear(hidden, second)
+
+    x = torch.randn(300, 8)
+    first, second = (torch.randn(VOCAB, 8).requires_grad_() for _ in range(2))
+    found = compile_mst(logits)(x, first, second)
+    assert isinstance(found, DeferredTensor)
+    found.square().mean().backward()
+    places = [t.grad.untyped_storage().data_ptr() for t in (first, second) if t.grad is not None]
+    assert len(set(places)) == 2
+    torch.testing.assert_close(first.grad, second.grad)
