@@ -763,3 +763,9 @@ def test_gradients_are_apart() -> None:
     places = [t.grad.untyped_storage().data_ptr() for t in (first, second) if t.grad is not None]
     assert len(set(places)) == 2
     torch.testing.assert_close(first.grad, second.grad)
+
+    one, two = torch.randn(4), torch.randn(4)
+    apart = evaluation._apart([one, one.view(2, 2), two], [two])
+    assert len({t.untyped_storage().data_ptr() for t in (*apart, two)}) == 4
+    for ours, theirs in zip(apart, (one, one.view(2, 2), two), strict=True):
+        assert torch.equal(ours, theirs)
