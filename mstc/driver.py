@@ -8,6 +8,7 @@ Dynamo graph --open--> Dynamo graph that takes no deferred tensor
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import warnings
@@ -87,9 +88,10 @@ class ChunkPass(CustomGraphPass):
     """Our place in Inductor: sees every joint graph, and every inference graph, before it does
     anything to it."""
 
-    def __init__(self, options: Options, report: Report) -> None:
+    def __init__(self, options: Options, report: Report, *, is_record: bool = False) -> None:
         self.options = options
         self.report = report
+        self.is_record = is_record  # of what eager code does to deferred outputs
         self.has_run = False
         self.calls: list[Call] = []  # loops of fixed sizes, whose bodies can be compiled ahead
 
@@ -97,7 +99,7 @@ class ChunkPass(CustomGraphPass):
         """Two compilations may share a cache entry only if our code and options are the same."""
         options = self.options
         own = {k: v for k, v in vars(options).items() if k != "inductor"}
-        return get_hash_for_files(_SOURCES, json.dumps(own, sort_keys=True))
+        return get_hash_for_files(_SOURCES, json.dumps([own, self.is_record], sort_keys=True))
 
     def plan_options(self, graph: Graph) -> PlanOptions:
         kinds = {
@@ -121,6 +123,7 @@ class ChunkPass(CustomGraphPass):
                 without_duplicates(graph),
                 self.plan_options(graph),
                 min_region_bytes=self.options.min_region_bytes,
+                all_axes=self.is_record,
                 loop_op=loop_op,
                 lowering=json.dumps(lowering, sort_keys=True),
                 observe=Observer(),
@@ -217,12 +220,34 @@ def _open(gm: GraphModule, example_inputs: Sequence[Any], report: Report) -> _Op
     return _Opened(graph, inputs, frozenset(openings), frozenset(plain))
 
 
+class RecordCompiler:
+    """Compiles what eager code does to a graph's deferred outputs, with the graph's options."""
+
+    def __init__(self, options: Options) -> None:
+        if "triton.cudagraphs" in options.inductor:
+            # A recorded result may be held until after the next run of the same graph.
+            own = {**options.inductor, "triton.cudagraphs": False}
+            options = dataclasses.replace(options, inductor=own)
+        self.options = options
+        self.key = repr(options)  # records may share what was compiled with equal options
+
+    def __call__(
+        self, graph: GraphModule, inputs: Sequence[torch.Tensor]
+    ) -> Callable[..., Sequence[torch.Tensor]]:
+        """A callable with the graph's inputs and outputs."""
+        report = Report()
+        history.add(report)
+        report.notes.append("what eager code does to a deferred output, recorded")
+        return _compile(graph, inputs, self.options, report)
+
+
 @dataclass(frozen=True)
 class _Prepared:
     """What AOTAutograd gets of a Dynamo graph, and the way back from it."""
 
     opened: _Opened
     result: DeferResult | None  # None when no output leaves the graph
+    compile_record: RecordCompiler
 
     @property
     def graph(self) -> GraphModule:
@@ -243,7 +268,13 @@ class _Prepared:
             outputs = compiled(*args)
             if result is None:
                 return outputs
-            return wrap_outputs(result.deferred, outputs, args, num_outputs=result.num_outputs)
+            return wrap_outputs(
+                result.deferred,
+                outputs,
+                args,
+                num_outputs=result.num_outputs,
+                compile_record=self.compile_record,
+            )
 
         return call
 
@@ -252,7 +283,7 @@ def _prepare(
     gm: GraphModule, example_inputs: Sequence[Any], options: Options, report: Report
 ) -> _Prepared:
     opened = _open(gm, example_inputs, report)
-    return _Prepared(opened, _deferred(opened.graph, options, report))
+    return _Prepared(opened, _deferred(opened.graph, options, report), RecordCompiler(options))
 
 
 def analyze_graph(
@@ -297,16 +328,34 @@ def compile_graph(
     """
     report = Report()
     history.add(report)
-    graph_pass = ChunkPass(options, report)
     prepared = _prepare(gm, example_inputs, options, report)
-    if options.lowering == "eager":
-        compiled = compile_outer_eager(prepared.graph, prepared.inputs, graph_pass)
-    else:
-        key = report_key(prepared.opened.graph, graph_pass.uuid(), options.inductor)
-        compiled = compile_outer(prepared.graph, prepared.inputs, graph_pass, options.inductor)
-        prepare_bodies(graph_pass.calls)
-        if graph_pass.has_run:
-            save_report(key, report)
-        else:
-            _restore(report, key)
+    compiled = _compile(prepared.graph, prepared.inputs, options, report, prepared.opened.graph)
     return prepared.wrap(compiled)
+
+
+def _compile(
+    graph: GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    report: Report,
+    subject: GraphModule | None = None,
+) -> Callable[..., Any]:
+    """Compile a graph that neither takes nor returns deferred tensors.
+
+    Args:
+        graph: to be compiled, for `inputs`.
+        options: what the user asked for.
+        report: filled by our pass, or from what was kept beside PyTorch's cache.
+        subject: the Dynamo graph that the report is about; None for a record.
+    """
+    graph_pass = ChunkPass(options, report, is_record=subject is None)
+    if options.lowering == "eager":
+        return compile_outer_eager(graph, inputs, graph_pass)
+    key = report_key(subject or graph, graph_pass.uuid(), options.inductor)
+    compiled = compile_outer(graph, inputs, graph_pass, options.inductor)
+    prepare_bodies(graph_pass.calls)
+    if graph_pass.has_run:
+        save_report(key, report)
+    else:
+        _restore(report, key)
+    return compiled

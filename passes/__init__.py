@@ -45,6 +45,7 @@ def run_passes(
     options: PlanOptions,
     *,
     min_region_bytes: int,
+    all_axes: bool = False,
     loop_op: Callable[..., object],
     lowering: str,
     observe: Callable[[str, object], None] = lambda name, value: None,
@@ -55,6 +56,7 @@ def run_passes(
         graph: a functional aten graph with fake values in ``meta["val"]``.
         options: what the planner is asked for.
         min_region_bytes: smallest value that may seed a region.
+        all_axes: as for `find_regions`.
         loop_op: the runtime's loop op, called in the new graph.
         lowering: passed on to the loop op.
         observe: called after each pass with its name and its result.
@@ -70,7 +72,7 @@ def run_passes(
     observe("generated", graph)
     graph, axes = separate(graph, min_bytes=min_region_bytes)
     observe("axes", axes)
-    regions, refusals = find_regions(graph, axes, min_bytes=min_region_bytes)
+    regions, refusals = find_regions(graph, axes, min_bytes=min_region_bytes, all_axes=all_axes)
     observe("regions", (regions, refusals))
     planned = make_plan(
         Facts(original, graph, rewrites, axes, regions, refusals),

@@ -10,6 +10,7 @@ Terms
 loss        an output that is a 0-dim floating tensor.
 candidate   an output of at least `min_bytes` that a loss is computed from; in a graph that has no
             loss, any output of that size that requires grad: the loss may be in another graph.
+            Where gradients are off, any of at least `MANY_ROWS` rows.
 closure     the few operations that make a candidate again, as a graph module of its own.
 frontier    what a closure starts from: inputs of the graph (free: the caller holds them anyway) and
             intermediates (paid for: they become new outputs of the graph).
@@ -37,6 +38,7 @@ transform or in-graph inference mode; tensor subclasses; shapes that depend on d
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -61,6 +63,9 @@ FRONTIER_SHARE = 4
 """A frontier's intermediates may have at most one part in this many of the output's bytes."""
 FAR_SHARE = 8
 """The same where the graph has no loss: the output is surely used, so the gain has to be large."""
+
+MANY_ROWS = 256
+"""Rows of an output from which on it is deferred where gradients are off."""
 
 Extent = int | sympy.Expr
 """A size or stride in elements: a number, or an expression in the graph's size symbols."""
@@ -170,7 +175,10 @@ def _candidates(outputs: Sequence[Any], min_bytes: int) -> list[fx.Node]:
     tensors = [n for n in nodes if _is_floating(n)]
     losses = list(filter(_is_loss, tensors))
     if not losses:
-        wanted = [n for n in tensors if _tensor(n).requires_grad and n.op != "placeholder"]
+        own = [n for n in tensors if n.op != "placeholder"]
+        wanted = [n for n in own if _tensor(n).requires_grad]
+        if not wanted:  # gradients are off: a reference model's logits, say
+            wanted = [n for n in own if _has_many_rows(n)]
         return [n for n in wanted if (_nbytes(n) or 0) >= min_bytes]
     above: set[fx.Node] = set()
     stack = [source for n in losses for source in n.all_input_nodes]
@@ -180,6 +188,14 @@ def _candidates(outputs: Sequence[Any], min_bytes: int) -> list[fx.Node]:
             stack.extend(node.all_input_nodes)
     sizes = {n: _nbytes(n) for n in tensors if n in above}
     return [n for n, nbytes in sizes.items() if nbytes is None or nbytes >= min_bytes]
+
+
+def _has_many_rows(node: fx.Node) -> bool:
+    """Not the few that are read one after the other while text is generated."""
+    sizes = [hint(s) for s in _tensor(node).shape]
+    if len(sizes) < 2 or any(s is None for s in sizes):
+        return False
+    return math.prod(s for s in sizes[:-1] if s is not None) >= MANY_ROWS
 
 
 # --- step 2: facts about the graph ----------------------------------------------------------------

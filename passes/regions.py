@@ -195,7 +195,8 @@ class RegionFinder:
     """Finds the regions of one graph; `find` gives them in order of size, and what was refused on
     the way."""
 
-    def __init__(self, graph: Graph, axes: Axes, min_bytes: int) -> None:
+    def __init__(self, graph: Graph, axes: Axes, min_bytes: int, *, all_axes: bool = False) -> None:
+        self.all_axes = all_axes
         self.graph = graph
         self.axes = axes
         self.min_bytes = min_bytes
@@ -234,6 +235,7 @@ class RegionFinder:
 
     def _region_of(self, seed: Node) -> Region | None:
         failure: Refusal | None = None
+        best: Region | None = None
         sizes = self.axes.table.sizes
         candidates = dict.fromkeys(self.axes.table.unpermuted(self.axes.axes(seed)))
         own = [a for a in candidates if (self._length(a) or 0) > 1]
@@ -251,13 +253,19 @@ class RegionFinder:
                 threshold = max(threshold, split.width(seed) / NARROW)
             if threshold == 0:
                 continue
+            hopeless = set(self.hopeless) if self.all_axes else self.hopeless
             attempt = self._grow(seed, split, threshold)
-            if isinstance(attempt, Region):
+            if isinstance(attempt, Refusal):
+                failure = failure or attempt
+            elif not self.all_axes:
                 return attempt
-            failure = failure or attempt
-        if failure is not None:
+            else:
+                self.hopeless = hopeless
+                if best is None or attempt.inside_bytes > AMPLIFY * best.inside_bytes:
+                    best = attempt
+        if best is None and failure is not None:
             self.refusals.append(failure)
-        return None
+        return best
 
     def _length(self, axis: int) -> int | None:
         """The size of an axis, by the hints of its symbols; None where only run time knows."""
@@ -530,7 +538,9 @@ class RegionFinder:
         )
 
 
-def find_regions(graph: Graph, axes: Axes, *, min_bytes: int) -> tuple[list[Region], list[Refusal]]:
+def find_regions(
+    graph: Graph, axes: Axes, *, min_bytes: int, all_axes: bool = False
+) -> tuple[list[Region], list[Refusal]]:
     """The regions of a graph, largest inside first, and the seeds that became none, with the
     reason.
 
@@ -538,5 +548,8 @@ def find_regions(graph: Graph, axes: Axes, *, min_bytes: int) -> tuple[list[Regi
         graph: a functional aten graph, joint or inference.
         axes: its axis analysis.
         min_bytes: smallest value that may seed a region, and smallest inside that makes one.
+        all_axes: try every axis of a seed and take the one that keeps most inside, instead of the
+            first that gives a region: for small graphs, in which values per token are inputs
+            beside the weights, so that the order of axes says little.
     """
-    return RegionFinder(graph, axes, min_bytes).find()
+    return RegionFinder(graph, axes, min_bytes, all_axes=all_axes).find()

@@ -13,6 +13,8 @@ How it works
 - Where the frontier requires grad, the tensor is the output of an autograd function with the
   frontier as input. Its backward computes the gradients from the frontier (traced once, so that of
   the closure only what they need is repeated); nothing of the output's size is saved.
+- Operations of eager code that can wait are recorded (`mstc.runtime.record`), forward and backward,
+  and give deferred tensors again. Small ones run in chunks when somebody needs their values.
 - `detach()` and floating-point casts make another deferred tensor. A detached one shares the
   values, as everywhere in PyTorch; a cast makes its own.
 - The closure runs once, under a lock, with the autocast state of the call that returned the tensor.
@@ -33,38 +35,48 @@ hooks on `logits.grad_fn` do not run (those on the tensor do), `torch.autograd.g
 says that they were not used, and `loss.backward(inputs=[logits])` leaves no gradient.
 `untyped_storage()` has the right size and no memory: `torch.compile` asks for it while tracing.
 Tensors made in `torch.inference_mode` have no version: when the closure reads one that the caller
-can write to, the output is computed at once.
+can write to, the output is computed at once. The gradient that `torch.autograd.grad` or a custom
+function gives for deferred tensors may be a deferred tensor, too: read it before the next step.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import re
-import threading
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._C._functorch import peek_interpreter_stack  # is a function being transformed?
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import (
-    FakeTensor,
-    FakeTensorMode,
-    unset_fake_temporarily,
-)  # no fakes in a trace
 from torch._subclasses.functional_tensor import FunctionalTensor  # what AOTAutograd traces with
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._mode_utils import no_dispatch  # lets an op change a wrapper's own shape
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_map_only  # for the arguments of any op
+from torch.utils._pytree import tree_flatten, tree_map_only  # for the arguments of any op
 
 from mstc.errors import DeferredOutputError
+from mstc.runtime.cell import Cell, RecordedCell, ViewCell, sticky_cell
+from mstc.runtime.evaluation import evaluate
+from mstc.runtime.frontier import Stamped, stamped
+from mstc.runtime.gradient import gradient_graph
+from mstc.runtime.recipe import Recipe, read_autocast
+from mstc.runtime.record import (
+    LOCK,
+    NARROW_SHARE,
+    Root,
+    Value,
+    decomposition,
+    frontier_leaf,
+    functional_of,
+    is_plain,
+    is_view,
+    may_record,
+    pick,
+    quiet,
+    record,
+    replay,
+)
 from passes.defer import DeferredOutput
 from passes.open import Opening
 
@@ -83,6 +95,7 @@ def wrap_outputs(
     args: Sequence[Any],
     *,
     num_outputs: int,
+    compile_record: Callable[..., Any] | None = None,
 ) -> list[Any]:
     """The original outputs, with a `DeferredTensor` in the place of each that was deferred.
 
@@ -93,10 +106,12 @@ def wrap_outputs(
         outputs: what the compiled `DeferResult.graph_module` returned.
         args: what it was called with.
         num_outputs: from `passes.defer.DeferResult`.
+        compile_record: compiles what eager code does to the outputs (a graph module, its inputs);
+            with None, they are made when eager code reads them.
     """
     gone = {index: spec for spec in deferred for index in spec.indices}
     num_kept = num_outputs - len(gone)
-    made = {spec.indices: _make(spec, outputs, args, num_kept) for spec in deferred}
+    made = {spec.indices: _make(spec, outputs, args, num_kept, compile_record) for spec in deferred}
     kept = iter(outputs)
     return [made[gone[i].indices] if i in gone else next(kept) for i in range(num_outputs)]
 
@@ -157,172 +172,33 @@ def plain_example(example: DeferredTensor) -> torch.Tensor:
 
 
 def _make(
-    spec: DeferredOutput, outputs: Sequence[Any], args: Sequence[Any], num_kept: int
+    spec: DeferredOutput,
+    outputs: Sequence[Any],
+    args: Sequence[Any],
+    num_kept: int,
+    compile_record: Callable[..., Any] | None,
 ) -> torch.Tensor:
     numbers: list[Any] = []
-    frontier: list[_Stamped] = []
+    frontier: list[Stamped] = []
     must_compute = False
     for source in spec.frontier:
         value = (args if source.kind == "input" else outputs)[source.index]
         is_tensor = isinstance(value, torch.Tensor)
         numbers.append(None if is_tensor else value)
         if is_tensor:
-            frontier.append(_stamped(value, source.name))
+            frontier.append(stamped(value, source.name))
             is_ours = source.kind == "output" and source.index >= num_kept
             must_compute |= value.is_inference() and not is_ours
-    autocast = _read_autocast(spec.device.type)
-    recipe = _Recipe(spec.closure, tuple(numbers), autocast, (), spec.source)
+    autocast = read_autocast(spec.device.type)
+    recipe = Recipe(spec.closure, tuple(numbers), autocast, (), spec.source, compile_record)
     geometry = spec.geometry(args)
     tensors = [stamped.tensor for stamped in frontier]
     if must_compute:
         return recipe.run(tensors)
-    cell = _Cell(recipe, frontier, spec.dtype)
+    cell = Cell(recipe, frontier, spec.dtype)
     if spec.requires_grad and any(t.requires_grad for t in tensors):
         return _Attach.apply(cell, geometry, spec.dtype, spec.device, *tensors)
     return DeferredTensor(cell, geometry, spec.dtype, spec.device)
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """How to compute values from the tensors of a frontier."""
-
-    closure: Callable[..., torch.Tensor]
-    numbers: tuple[Any, ...]  # the frontier, with None where a tensor goes
-    autocast: tuple[tuple[str, bool, torch.dtype], ...]  # device type, whether on, dtype
-    casts: tuple[torch.dtype, ...]  # applied to what the closure returns, in order
-    source: str  # "file:line  code" of the user who makes the output
-
-    @property
-    def is_traceable(self) -> bool:
-        """Whether it can be traced on fake tensors: no value is read while it runs."""
-        closure = self.closure
-        return isinstance(closure, GraphModule) and not any(
-            node.op == "call_method" and node.target == "item" for node in closure.graph.nodes
-        )
-
-    def run(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The values, in the caller's grad mode."""
-        given = iter(tensors)
-        values = [next(given) if n is None else n for n in self.numbers]
-        with ExitStack() as stack:
-            for device_type, enabled, dtype in self.autocast:
-                # No cache: it would keep a cast weight until the caller's own region ends.
-                autocast = torch.autocast(device_type, dtype, enabled, cache_enabled=False)
-                stack.enter_context(autocast)
-            stack.enter_context(_same_autocast_depth())
-            result = self.closure(*values)
-        for dtype in self.casts:
-            result = result.to(dtype)
-        return result
-
-
-@contextmanager
-def _same_autocast_depth() -> Iterator[None]:
-    """Leave the autocast regions that a closure entered before it failed (out of memory, say)."""
-    depth = torch.autocast_increment_nesting()
-    try:
-        yield
-    finally:
-        while torch.autocast_decrement_nesting() >= depth:
-            pass
-
-
-def _read_autocast(device_type: str) -> tuple[tuple[str, bool, torch.dtype], ...]:
-    return tuple(
-        (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d))
-        for d in sorted({device_type, "cpu"})
-        if torch.amp.is_autocast_available(d)
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class _Stamped:
-    """A tensor of a frontier, and what tells whether it is still the same."""
-
-    tensor: torch.Tensor
-    name: str  # for people
-    stamp: tuple[int | None, ...]  # at the time of the call
-    part: torch.Tensor  # an alias with the tensor's place in autograd, as it was at the call
-    detached: torch.Tensor  # an alias without
-
-
-def _stamped(tensor: torch.Tensor, name: str) -> _Stamped:
-    """Aliases are made once: `torch.compile` tells tensors apart by identity, and a caller may pass
-    the tensor itself to the same graph."""
-    part = _Alias.apply(tensor) if tensor.requires_grad else tensor.detach()
-    return _Stamped(tensor, name, _stamp(tensor), part, tensor.detach())
-
-
-class _Alias(torch.autograd.Function):
-    """The same values and gradient, in a tensor that is no view."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0]
-
-
-def _stamp(tensor: torch.Tensor) -> tuple[int | None, ...]:
-    """Version, address and bytes; None for what the tensor does not have."""
-    version = None if tensor.is_inference() else tensor._version
-    if is_traceable_wrapper_subclass(tensor) or isinstance(tensor, FakeTensor):
-        return version, None, None
-    return version, tensor.data_ptr(), tensor.untyped_storage().nbytes()
-
-
-class _Cell:
-    """The values of a deferred tensor, once they are made; detached tensors share it."""
-
-    traced = False
-    """Whether it was made from parts: they stay its inner tensors while the trace goes on."""
-    passed_on = False
-    """Whether a graph has computed it inside, so that gradients pass it by."""
-
-    def __init__(self, recipe: _Recipe, frontier: Sequence[_Stamped], dtype: torch.dtype):
-        self.recipe = recipe
-        self.frontier = frontier
-        self.dtype = dtype
-        self.made: torch.Tensor | None = None
-        self.changed: _Stamped | None = None  # what an optimizer stepped on
-        self.lock = threading.RLock()
-        if frontier:
-            _watch_optimizers()
-            with _WAITING_LOCK:
-                _WAITING.add(self)
-
-    @staticmethod
-    def of(values: torch.Tensor) -> _Cell:
-        """A cell whose values are there already."""
-        cell = _Cell(_NO_RECIPE, (), values.dtype)
-        cell.made = values
-        return cell
-
-    def values(self) -> torch.Tensor:
-        """The values, outside autograd. Raises `DeferredOutputError` if they cannot be made."""
-        with self.lock:
-            if self.made is None:
-                self.check()
-                with unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad():
-                    self.made = self.recipe.run([stamped.tensor for stamped in self.frontier])
-                assert self.made.dtype == self.dtype, "a closure's dtype differs from its output's"
-                if not self.traced:
-                    self.frontier = ()
-        return self.made
-
-    def check(self) -> None:
-        """Raise `DeferredOutputError` if the frontier is no longer what it was."""
-        for stamped in () if self.traced else self.frontier:
-            if stamped is self.changed or _stamp(stamped.tensor) != stamped.stamp:
-                raise DeferredOutputError(_explain(stamped, self.recipe.source))
-
-    def cast(self, dtype: torch.dtype) -> _Cell:
-        """A cell for the values in another dtype, made from the frontier again."""
-        cell = _Cell(replace(self.recipe, casts=(*self.recipe.casts, dtype)), self.frontier, dtype)
-        cell.changed, cell.traced = self.changed, self.traced
-        return cell
 
 
 _MOST_PARTS = 8
@@ -343,7 +219,7 @@ def _part_name(index: int) -> str:
 class _Context:
     """What a traced deferred tensor is, beside its parts; graphs are compiled for one."""
 
-    recipe: _Recipe
+    recipe: Recipe
     dtype: torch.dtype
     device: torch.device
     storage_offset: Any
@@ -364,43 +240,6 @@ class _Context:
         return self  # nothing in it changes
 
 
-_NO_RECIPE = _Recipe(lambda: torch.empty(0), (), (), (), "")
-
-_WAITING: weakref.WeakSet[_Cell] = weakref.WeakSet()
-"""Cells whose values may still have to be made."""
-_WAITING_LOCK = threading.Lock()
-
-
-@functools.cache
-def _watch_optimizers() -> None:
-    hook: Any = torch.compiler.disable(_note_step)
-    register_optimizer_step_post_hook(hook)
-
-
-def _note_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Remember which frontiers an optimizer changed: a fused step leaves no other trace."""
-    with _WAITING_LOCK:
-        waiting = [cell for cell in _WAITING if cell.frontier]
-    if waiting:
-        params = (p for group in optimizer.param_groups for p in group["params"])
-        stepped = {id(p) for p in params if p.grad is not None}
-        for cell in waiting:
-            hit = (s for s in cell.frontier if id(s.tensor) in stepped)
-            cell.changed = cell.changed or next(hit, None)
-
-
-def _explain(stamped: _Stamped, source: str) -> str:
-    parts = re.findall(r"\['(\w+)'\]", stamped.name)
-    name = ".".join(p for p in parts if p not in ("self", "_modules", "_parameters", "_buffers"))
-    made = f" made at {source}" if source else ""
-    return (
-        f"The output{made} was deferred: mst computes it when it is first read. But what it is"
-        f" computed from, {name or stamped.name}, has been changed in place since the forward pass,"
-        " so its values are lost. Read the output (for example outputs.logits) before"
-        " optimizer.step(), or compile with options={'defer_outputs': False}."
-    )
-
-
 class DeferredTensor(torch.Tensor):
     """A tensor whose values are computed when something first needs them.
 
@@ -408,14 +247,14 @@ class DeferredTensor(torch.Tensor):
     `DeferredOutputError`, when what it is computed from has changed in place in the meantime.
     """
 
-    _cell: _Cell
+    _cell: Cell
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
         cls: type[DeferredTensor],
-        cell: _Cell,
+        cell: Cell,
         geometry: Geometry,
         dtype: torch.dtype,
         device: torch.device,
@@ -430,7 +269,7 @@ class DeferredTensor(torch.Tensor):
     @property
     def is_materialized(self) -> bool:
         """Whether the values have been computed."""
-        return self._cell.made is not None
+        return self._cell.is_there
 
     def materialize(self) -> torch.Tensor:
         """This tensor as a `torch.Tensor` that shares its values and its place in autograd."""
@@ -453,10 +292,14 @@ class DeferredTensor(torch.Tensor):
                 return first._with_cell(first._cell.cast(kwargs["dtype"]))
             if torch.Tag.inplace_view in getattr(func, "tags", ()):
                 return first._change_shape(func, args, kwargs)
+        recorded = _record_call(func, args, kwargs)
+        if recorded is not NotImplemented:
+            return recorded
         opened: dict[int, DeferredTensor] = {}
 
         def open_one(tensor: DeferredTensor) -> torch.Tensor:
             values = tensor._made
+            _keep_gradients_lazy(tensor)
             opened.setdefault(id(values), tensor)
             return values
 
@@ -475,7 +318,7 @@ class DeferredTensor(torch.Tensor):
     def _made(self) -> torch.Tensor:
         return self._cell.values()
 
-    def _with_cell(self, cell: _Cell) -> DeferredTensor:
+    def _with_cell(self, cell: Cell) -> DeferredTensor:
         geometry = self.shape, self.stride(), self.storage_offset()
         return DeferredTensor(cell, geometry, cell.dtype, self.device)
 
@@ -485,6 +328,8 @@ class DeferredTensor(torch.Tensor):
         same = (None, self.device, self.layout, torch.preserve_format)
         return (
             not self.is_materialized
+            and bool(self._cell.frontier)
+            and not self._cell.rewritten
             and self.is_contiguous()
             and dtype is not None
             and dtype.is_floating_point
@@ -495,7 +340,7 @@ class DeferredTensor(torch.Tensor):
         """An operation like `unsqueeze_`: aliases keep their shape, so this gets its own cell."""
         values = self._made.detach()
         func(values, *args[1:], **kwargs)
-        self._cell = _Cell.of(values)
+        self._cell = Cell.of(values)
         with no_dispatch():  # and now the wrapper itself, which has no memory
             before = torch._C._meta_in_tls_dispatch_include()
             torch._C._set_meta_in_tls_dispatch_include(True)
@@ -516,10 +361,11 @@ class DeferredTensor(torch.Tensor):
             return True
         return (
             cell.made is None
+            and not cell.rewritten
             and 0 < len(cell.frontier) <= _MOST_PARTS
             and all(number is None for number in cell.recipe.numbers)
             and cell.recipe.is_traceable
-            and self._version == 0
+            and (self.is_inference() or self._version == 0)
             and not self._backward_hooks
             and not self.retains_grad
             and (not self.requires_grad or getattr(self.grad_fn, "recipe", None) is cell.recipe)
@@ -546,10 +392,12 @@ class DeferredTensor(torch.Tensor):
 
     def register_hook(self, hook: Callable[[torch.Tensor], object]) -> Any:
         self._check_not_passed_on("register_hook")
-        return super().register_hook(hook)
+        return super().register_hook(lambda grad: hook(_plain_gradient(grad)))
 
     def retain_grad(self) -> None:
         self._check_not_passed_on("retain_grad")
+        if not self.retains_grad and not self.is_leaf:
+            super().register_hook(_plain_gradient)
         super().retain_grad()
 
     def _check_not_passed_on(self, what: str) -> None:
@@ -580,14 +428,14 @@ class DeferredTensor(torch.Tensor):
     ) -> DeferredTensor:
         if context is not None:
             parts = [inner[_part_name(i)] for i in range(len(inner))]
-            frontier = [_Stamped(part, "", (), part, part) for part in parts]
-            cell = _Cell(context.recipe, frontier, context.dtype)
+            frontier = [Stamped(part, "", (), part, part) for part in parts]
+            cell = Cell(context.recipe, frontier, context.dtype)
             cell.traced = True
             geometry = size, stride, context.storage_offset
             return DeferredTensor(cell, geometry, context.dtype, context.device)
         values = inner["_made"]
         geometry = size, stride, values.storage_offset()
-        return DeferredTensor(_Cell.of(values), geometry, values.dtype, values.device)
+        return DeferredTensor(Cell.of(values), geometry, values.dtype, values.device)
 
     # What reads or replaces memory without the dispatcher.
 
@@ -607,12 +455,15 @@ class DeferredTensor(torch.Tensor):
     def data(self, new: torch.Tensor) -> None:
         new = new._made if isinstance(new, DeferredTensor) else new
         geometry = new.shape, new.stride(), new.storage_offset()
-        like_new = DeferredTensor(_Cell.of(new.detach()), geometry, new.dtype, new.device)
+        like_new = DeferredTensor(Cell.of(new.detach()), geometry, new.dtype, new.device)
         torch.Tensor.data.__set__(self, like_new)  # type: ignore[attr-defined]
         self._cell = like_new._cell
 
     def __repr__(self, *, tensor_contents: str | None = None) -> str:
         return self._plain().__repr__(tensor_contents=tensor_contents)
+
+    def __format__(self, format_spec: str) -> str:
+        return self.item().__format__(format_spec) if self.dim() == 0 else repr(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         return memo.setdefault(id(self), self._plain().__deepcopy__(memo))
@@ -640,53 +491,164 @@ for _name in (
     setattr(DeferredTensor, _name, _on_values(_name))
 
 
-_TRACED: weakref.WeakKeyDictionary[Any, dict[Any, Callable[..., Any] | None]] = (
-    weakref.WeakKeyDictionary()
-)
-"""Per closure: its gradients as a graph, for the shapes that came; None where the trace failed."""
-_MOST_TRACED = 16  # per closure; beyond, shapes vary too much for a trace of each
+# --- what eager code does to it -------------------------------------------------------------------
 
 
-def gradient_graph(
-    recipe: _Recipe, tensors: Sequence[torch.Tensor], wanted: Sequence[bool], grad: torch.Tensor
-) -> Callable[..., Any] | None:
-    """``graph(grad, *tensors)`` gives the gradients wanted; None where it cannot be traced.
+def _record_call(func: Any, args: Any, kwargs: Any) -> Any:
+    """Write an operation down instead of doing it; NotImplemented where it cannot wait."""
+    if not isinstance(func, OpOverload):
+        return NotImplemented
+    flat = tree_flatten((args, kwargs))[0]
+    tensors = [t for t in flat if isinstance(t, torch.Tensor)]
+    deferred = [t for t in tensors if isinstance(t, DeferredTensor)]
+    if not any(t._cell.can_wait for t in deferred) or _is_traced(tensors):
+        return NotImplemented
+    if torch.is_grad_enabled() and any(
+        t.requires_grad and not isinstance(t, DeferredTensor) for t in tensors
+    ):
+        return NotImplemented  # its gradient would be a deferred tensor
+    if (parts := decomposition(func)) is not None:
+        return parts(*args, **kwargs)
+    functional = functional_of(func) if func._schema.is_mutable else func
+    if functional is None or not may_record(functional, args, kwargs):
+        return NotImplemented
+    with LOCK:
+        values = {id(t): _value_of(t) for t in deferred}
+        if any(v is None for v in values.values()):
+            return NotImplemented
+        if func is aten.as_strided.default and not _starts_memory(args[0], values[id(args[0])]):
+            return NotImplemented
+        own = tree_map_only(DeferredTensor, lambda t: values[id(t)], (args, kwargs))
+        value = record(functional, *own)
+        if value is None:
+            return NotImplemented
+        if functional is not func:
+            return _rewrite(args[0], value)
+        return _wrap(value, func, args, kwargs)
 
-    A linear layer's gradients do not need its output: the graph does not compute it.
-    """
-    plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (grad, *tensors))
-    if not (plain and recipe.is_traceable):
+
+def _starts_memory(tensor: DeferredTensor, value: Any) -> bool:
+    """Whether a recorded tensor lies in memory as its value does: ``as_strided`` reads memory."""
+    if not isinstance(value, Value) or tensor.storage_offset() != 0:
+        return False
+    return value.meta.storage_offset() == 0 and value.meta.stride() == tensor.stride()
+
+
+def _value_of(tensor: DeferredTensor) -> Value | torch.Tensor | None:
+    cell = tensor._cell
+    return cell.expression() if cell.can_wait else cell.made if cell.is_there else None
+
+
+def _is_traced(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether somebody traces, or transforms a function, or has tensors of an own kind."""
+    return (
+        torch.compiler.is_compiling()
+        or peek_interpreter_stack() is not None
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+        or not all(type(t) is DeferredTensor or is_plain(t) for t in tensors)
+    )
+
+
+def _wrap(value: Value, func: OpOverload, args: Any, kwargs: Any) -> Any:
+    """What the operation returns."""
+    several = isinstance(value.meta, list | tuple)
+    base = args[0]._cell if is_view(func) else None
+
+    def one(meta: torch.Tensor, index: int | None) -> DeferredTensor:
+        if base is not None:
+            cell: Cell = ViewCell(base, func, args[1:], kwargs, index)
+        else:
+            cell = RecordedCell(value if index is None else pick(value, index))
+        geometry = meta.shape, meta.stride(), meta.storage_offset()
+        return DeferredTensor(cell, geometry, meta.dtype, meta.device)
+
+    if not several:
+        return one(value.meta, None)
+    return type(value.meta)(one(m, i) for i, m in enumerate(value.meta))
+
+
+def _rewrite(tensor: Any, value: Value) -> Any:
+    """Let a tensor stand for what an in-place operation has made of it."""
+    if not isinstance(tensor, DeferredTensor) or not tensor._cell.can_wait:
+        return NotImplemented
+    if value.meta.shape != tensor.shape:
+        return NotImplemented
+    if value.meta.stride() != tensor.stride() and not isinstance(tensor._cell, ViewCell):
+        return NotImplemented  # a view has the strides of what is behind it
+    if value.meta.dtype != tensor.dtype:
+        if not torch.can_cast(value.meta.dtype, tensor.dtype):
+            return NotImplemented
+        cast = record(aten._to_copy.default, (value,), {"dtype": tensor.dtype})
+        if cast is None:
+            return NotImplemented
+        value = cast
+    try:
+        tensor._cell.rewrite(value)
+    except NotImplementedError:
+        return NotImplemented
+    return tensor
+
+
+def _keep_gradients_lazy(tensor: DeferredTensor) -> None:
+    """Values of a small result go to ordinary operations, whose gradients are ordinary tensors: let
+    them be recorded as well when they come back, since a `gather` makes a wide one of a narrow."""
+    cell = tensor._cell
+    if not isinstance(cell, RecordedCell | ViewCell) or cell.lineage is None:
+        return
+    if not (torch.is_grad_enabled() and tensor.requires_grad):
+        return
+    node: Any = tensor.grad_fn
+    if node is None or "mst" in node.metadata:
+        return
+    node.metadata["mst"] = True
+    node.register_prehook(functools.partial(_deferred_gradients, *cell.lineage))
+
+
+def _deferred_gradients(
+    widest: int, roots: frozenset[Root], grads: tuple[torch.Tensor | None, ...]
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients with which operations wait, where they are small."""
+
+    def one(grad: torch.Tensor | None) -> torch.Tensor | None:
+        if grad is None or not is_plain(grad) or torch.is_grad_enabled():
+            return grad
+        if grad.numel() * grad.element_size() * NARROW_SHARE > widest:
+            return grad
+        cell = sticky_cell(grad, widest, roots)
+        geometry = grad.shape, grad.stride(), grad.storage_offset()
+        return None if cell is None else DeferredTensor(cell, geometry, grad.dtype, grad.device)
+
+    return tuple(map(one, grads))
+
+
+def _plain_gradient(grad: Any) -> Any:
+    """A gradient for the user's eyes, and for his `.grad`."""
+    return grad.materialize() if isinstance(grad, DeferredTensor) else grad
+
+
+def _small_gradients(
+    recipe: Recipe, tensors: Sequence[torch.Tensor], wanted: Sequence[bool], grad: torch.Tensor
+) -> list[torch.Tensor | None] | None:
+    """The gradients of a closure's frontier, from a recorded gradient of its output; None where
+    that is not recorded."""
+    if not isinstance(grad, DeferredTensor) or torch.is_grad_enabled():
         return None
-    graphs = _TRACED.setdefault(recipe.closure, {})
-    metas = tuple((t.shape, t.stride(), t.dtype, t.device) for t in (grad, *tensors))
-    key = (recipe.numbers, recipe.autocast, recipe.casts, tuple(wanted), metas)
-    if key not in graphs:
-        if len(graphs) >= _MOST_TRACED:
+    value = grad._cell.expression() if grad._cell.can_wait else None
+    plain = [t.detach() for t in tensors]
+    if value is None or not all(is_plain(t) for t in plain):
+        return None
+    with LOCK:
+        with quiet():
+            graph = gradient_graph(recipe, plain, wanted, value.meta)
+        if graph is None:
             return None
-        try:
-            graphs[key] = _trace_gradients(recipe, tensors, wanted, grad)
-        except Exception:  # running the closure again gives the same gradients, only slower
-            log.debug("the gradients of a deferred output cannot be traced", exc_info=True)
-            graphs[key] = None
-    return graphs[key]
-
-
-def _trace_gradients(
-    recipe: _Recipe, tensors: Sequence[torch.Tensor], wanted: Sequence[bool], grad: torch.Tensor
-) -> Callable[..., Any]:
-    def gradients(grad: torch.Tensor, *given: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        with torch.enable_grad():
-            leaves = [t.detach().requires_grad_(w) for t, w in zip(given, wanted, strict=True)]
-            output = recipe.run(leaves)
-        inputs = [t for t, w in zip(leaves, wanted, strict=True) if w]
-        return torch.autograd.grad(output, inputs, grad, allow_unused=True)
-
-    mode = FakeTensorMode()
-    fakes = [mode.from_tensor(t.detach(), static_shapes=True) for t in (grad, *tensors)]
-    graph = make_fx(gradients)(*fakes)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
-    return graph
+        leaves = [frontier_leaf(stamped(t, ""), None, value.roots) for t in plain]
+        found = replay(graph, [value, *leaves])
+    if found is None:
+        return None
+    made = iter(evaluate([v for v in found if v is not None], backward=True))
+    given = iter(None if v is None else next(made) for v in found)
+    return [next(given) if w else None for w in wanted]
 
 
 class _Attach(torch.autograd.Function):
@@ -695,7 +657,7 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        cell: _Cell,
+        cell: Cell,
         geometry: Geometry,
         dtype: torch.dtype,
         device: torch.device,
@@ -713,6 +675,10 @@ class _Attach(torch.autograd.Function):
         if grad is None or not any(wanted):
             return (None,) * len(ctx.needs_input_grad)
         tensors = list(ctx.saved_tensors)
+        made = _small_gradients(ctx.recipe, tensors, wanted, grad)
+        if made is not None:
+            return (None,) * 4 + tuple(made)
+        grad = _plain_gradient(grad)
         create_graph = torch.is_grad_enabled()  # of a gradient that will be differentiated itself
         traced = None if create_graph else gradient_graph(ctx.recipe, tensors, wanted, grad)
         if traced is not None:

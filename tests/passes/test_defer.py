@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from passes.defer import DeferResult, Source, defer_outputs
+from passes.defer import MANY_ROWS, DeferResult, Source, defer_outputs
 
 ROWS, WIDTH, VOCAB = 6, 8, 96
 
@@ -303,6 +303,17 @@ def test_small_outputs_and_outputs_beside_no_loss_stay_without_a_word() -> None:
     result = defer(forward, hidden(), head())
     assert (result.deferred, result.refusals) == ((), ())
     assert result.num_outputs == 4
+
+
+@pytest.mark.parametrize(("rows", "deferred"), [(MANY_ROWS - 1, 0), (MANY_ROWS, 1)])
+def test_without_gradients_outputs_of_many_rows_are_deferred(rows: int, deferred: int) -> None:
+    def forward(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.sin(), w)
+
+    with torch.no_grad():
+        result = defer(forward, torch.randn(1, rows, WIDTH), head())
+    assert len(result.deferred) == deferred
+    assert all(not spec.requires_grad for spec in result.deferred)
 
 
 def test_nothing_deferred_gives_the_same_graph_back() -> None:

@@ -202,3 +202,23 @@ def test_one_loop_axis_per_region_and_no_region_in_a_region():
         for node in region.nodes:
             assert axes.axes(node).count(region.axis) <= 1
             assert not any(node in other.nodes for other in regions[index + 1 :])
+
+
+def test_the_axis_that_keeps_most_inside():
+    """Values per row are inputs beside the weights: fewest inputs have the columns."""
+
+    def fn(x: Tensor, w: Tensor, a: Tensor, b: Tensor, index: Tensor) -> Tensor:
+        wide = torch.exp((x @ w) * a - b)
+        return (wide + torch.zeros(20, 64).scatter_add(-1, index, a)).t() @ x
+
+    column = torch.randn(20, 1)
+    index = torch.zeros(20, 1, dtype=torch.int64)
+    graph = trace(fn, torch.randn(20, 4), torch.randn(4, 64), column, column.clone(), index)
+    axes = analyze_axes(graph, find_rule)
+    x, w = list(graph.nodes)[:2]
+    ((first, *_), _), ((best, *_), _) = (
+        find_regions(graph, axes, min_bytes=1, all_axes=every) for every in (False, True)
+    )
+    assert axes.dims(w)[1] == (first.axis,)
+    assert axes.dims(x)[0] == (best.axis,)
+    assert best.inside_bytes > first.inside_bytes
