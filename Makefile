@@ -36,7 +36,7 @@ format: $(STAMP)
 	$(RUN) -m ruff check --fix .
 
 pytest: $(STAMP)
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 test: lint pytest
 

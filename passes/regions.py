@@ -130,6 +130,8 @@ class _Split:
             return "whole"  # a constant is made wherever it is read
         if self.axes.is_opaque(node):
             return f"{op_name(node)} has no rule for the loop axis"
+        if role == "entangled" and node.target is rules.shape.cut:
+            return "attention reads these positions as keys, all of them for every query"
         if role == "entangled":
             return f"{op_name(node)} mixes positions of the loop axis"
         if any(n > 1 for i in self.axes.operands(node) for n in self._counts(i)):
@@ -527,6 +529,8 @@ class RegionFinder:
             )
         else:
             reason = status
+        while obstacle.target is rules.shape.cut:
+            obstacle = next(iter(obstacle.users))  # who reads the keys
         where = source_of(obstacle) or "an op without source"
         return Refusal(
             subject=op_name(seed),
