@@ -781,7 +781,7 @@ def test_every_rule_is_tested():
     assert set(CALLS) == set(rules._TABLE), "a rule without a property test, or a test without rule"
 
 
-@pytest.mark.parametrize("key", CALLS, ids=str)
+@pytest.mark.parametrize("key", CALLS, ids=lambda key: getattr(key, "__qualname__", str(key)))
 def test_chunks_make_the_whole(key: object):
     ran: set[str] = set()
 
