@@ -129,7 +129,15 @@ def _compare(name: str, left: _Value | None, right: _Value | None) -> _Condition
         "lt": up.plus(_Linear.of({}, -1)),
         "ge": down,
         "gt": down.plus(_Linear.of({}, -1)),
+        "eq": up,
+        "ne": up,
     }[name]
+    if name == "eq" and up.factors:
+        return _Condition(_condition(up).forms | _condition(down).forms)
+    if name in ("eq", "ne"):
+        if up.factors:
+            return None  # not equal: above or below
+        return _ALWAYS if (up.constant == 0) == (name == "eq") else _false()
     return _condition(form)
 
 
@@ -250,8 +258,15 @@ class _Prover:
             return self.operand(node, 0)
         if packet in (prims.convert_element_type, aten._to_copy):
             return self.converted(node)
-        if name in ("le", "lt", "ge", "gt"):
+        if name in ("le", "lt", "ge", "gt", "eq", "ne"):
             return _compare(name, self.operand(node, 0), self.operand(node, 1))
+        if packet is aten.cat:
+            return self.joined(node)
+        if packet is aten.cumsum:
+            return self.summed(node)
+        if packet is aten.index:
+            value = self.value(node.args[0])  # a constant is the same wherever it is read
+            return value if _is_constant(value) else None
         if name in ("add", "sub") and not node.kwargs:
             return _add(
                 self.operand(node, 0), self.operand(node, 1), times=1 if name == "add" else -1
@@ -290,6 +305,37 @@ class _Prover:
         kept = _condition(form if upper else form.scaled(-1))
         return _where(kept, self.operand(node, 0), _constant_of(node, 0))
 
+    def joined(self, node: Node) -> _Value | None:
+        """``cat``: one linear form that all the pieces agree with, where they are."""
+        parts = node.args[0]
+        assert isinstance(parts, (list, tuple))
+        dim = dim_of(node, node.meta["val"].dim())
+        pieces: list[tuple[int, int, _Linear]] = []
+        start = 0
+        for part in parts:
+            assert isinstance(part, Node)
+            value, size = self.value(part), as_size(part.meta["val"].shape[dim])
+            if not isinstance(value, _Linear) or not isinstance(size, int):
+                return None
+            pieces.append((start, size, value))
+            start += size
+        first, _, form = max(pieces, key=lambda piece: piece[1])
+        whole = _shifted(form, dim, -first)
+        assert isinstance(whole, _Linear)
+        for start, size, value in pieces:
+            here = _shifted(whole, dim, start)
+            if size == 1:
+                here = _moved(here, lambda d: -1 if d == dim else d)
+            if here != value:
+                return None
+        return whole
+
+    def summed(self, node: Node) -> _Value | None:
+        """``cumsum`` of nothing but zeros."""
+        value = self.value(node.args[0])
+        zero = _Linear.of({}, 0)
+        return zero if value in (_false(), zero) else None
+
     def converted(self, node: Node) -> _Value | None:
         value, source = self.operand(node, 0), node.args[0]
         assert isinstance(source, Node)
@@ -319,9 +365,9 @@ class _Prover:
         if packet is aten.slice:
             start, step = argument(node, "start"), argument(node, "step")
             dim = dim_of(node, len(before))
-            if start not in (None, 0) or step != 1:
-                return None if _reads(value, dim) else value
-            return value
+            if step == 1 and isinstance(start, int) and start >= 0:
+                return _shifted(value, dim, start)
+            return value if (start is None and step == 1) or not _reads(value, dim) else None
         if packet in shape.SIZE_ARGUMENT:  # expand: from the right
             lead = len(after) - len(before)
             return _moved(value, lambda dim: dim + lead)
@@ -348,6 +394,32 @@ class _Prover:
         else:
             order.reverse()
         return None if value is None else _moved(value, order.index)
+
+
+def _shifted(value: _Value, dim: int, by: int) -> _Value:
+    """The value as seen from `by` positions further along a dim."""
+
+    def linear(form: _Linear) -> _Linear:
+        factor = dict(form.factors).get(dim, 0)
+        return form.plus(_Linear.of({}, factor * by))
+
+    if isinstance(value, _Linear):
+        return linear(value)
+    if isinstance(value, _Condition):
+        return _Condition(frozenset(map(linear, value.forms)))
+    if isinstance(value, _Choice):
+        forms = frozenset(map(linear, value.condition.forms))
+        return _Choice(_Condition(forms), value.yes, value.no)
+    return value
+
+
+def _is_constant(value: _Value | None) -> bool:
+    """Whether a value is the same at all positions."""
+    if isinstance(value, _Linear):
+        return not value.factors
+    if isinstance(value, _Condition):
+        return not any(form.factors for form in value.forms)
+    return isinstance(value, float)
 
 
 def _undoes_padding(node: Node, source: Node) -> bool:

@@ -71,6 +71,38 @@ def padded_before(x: Tensor) -> Tensor:
     return F.pad(torch.where(by_comparison(x), 0.0, -INF), (1, 7))[..., :LENGTH]
 
 
+def one_document(x: Tensor) -> Tensor:
+    """As Hugging Face looks for packed sequences, in positions that hold none."""
+    at = positions()[None]
+    starts = torch.cat([at[:, :1] - 1, at], -1).diff(dim=-1) != 1
+    own = starts.cumsum(-1)
+    batch = torch.arange(1)[:, None, None, None]
+    i, j = positions()[:, None], positions()[None, :]
+    return (own[batch, i] == own[batch, j]) & (j <= i)
+
+
+def two_documents(x: Tensor) -> Tensor:
+    at = torch.cat([positions()[:7], positions()[: LENGTH - 7]])[None]
+    own = (torch.cat([at[:, :1] - 1, at], -1).diff(dim=-1) != 1).cumsum(-1)
+    i, j = positions()[:, None], positions()[None, :]
+    return (own[:, :, None] == own[:, None, :])[:, None] & (j <= i)
+
+
+def pieced_together(x: Tensor) -> Tensor:
+    at = torch.cat([positions()[:5], positions()[5:]])
+    return at[None, :] <= at[:, None]
+
+
+def pieced_with_a_gap(x: Tensor) -> Tensor:
+    at = torch.cat([positions()[:5], positions()[5:] + 1])
+    return positions()[None, :] <= at[:, None]
+
+
+def both_cut(x: Tensor) -> Tensor:
+    longer = torch.arange(LENGTH + 3)
+    return longer[None, 2:-1] <= longer[2:-1, None]
+
+
 def stretched(x: Tensor) -> Tensor:
     return by_comparison(x).expand(2, 3, LENGTH, LENGTH)
 
@@ -145,6 +177,10 @@ CAUSAL = [
     wide_window,
     stretched,
     padded_for_alignment,
+    one_document,
+    pieced_together,
+    both_cut,
+    cut,
 ]
 NOT_PROVEN = [
     one_late,
@@ -155,10 +191,11 @@ NOT_PROVEN = [
     from_data,
     small_numbers,
     biased,
-    cut,
     shifted_cut,
     padded_before,
     first_query_stretched,
+    two_documents,
+    pieced_with_a_gap,
 ]
 
 
