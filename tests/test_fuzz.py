@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from tests.fuzz import check as judge
 from tests.fuzz.case import Case, Layer, draw
 from tests.fuzz.check import check
+from tests.fuzz.masks import LENGTH, Mask, draw_mask, rewritten
 from tests.fuzz.model import make_model
+from tests.fuzz.rates import Rates, measure, surprises
 from tests.fuzz.shrink import shrink
 from tests.fuzz.ways import Compiler
 from tests.models import NON_LEAF, fresh_compiler  # noqa: F401  (an autouse fixture)
@@ -115,3 +118,36 @@ def test_models_have_the_parts_that_are_asked_for() -> None:
     names = dict(model.named_parameters())
     assert "blocks.0.branches.0.query_norm.weight" in names
     assert model.head.weight is model.embed.weight
+
+
+def test_random_masks() -> None:
+    """A mask that is taken for causal is causal."""
+    rewrites = 0
+    for seed in range(100):
+        mask = draw_mask(random.Random(seed))
+        changed, right = rewritten(mask)
+        rewrites += changed
+        assert right, f"seed {seed}: {mask.text}"
+    assert rewrites > 5
+
+
+@pytest.mark.xfail(
+    strict=True, reason="a single position that is stretched is read as a row of them"
+)
+def test_a_single_position_is_no_row_of_positions() -> None:
+    at = torch.arange(LENGTH)
+    for one in (lambda: at[:1], lambda: torch.arange(1)):
+        everything = Mask(lambda one=one: (at[:, None] >= one()).expand(LENGTH, LENGTH), "all seen")
+        assert rewritten(everything)[1]
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_in_loops_drops_what_it_should(rate: float) -> None:
+    found = measure(rate, chunk_rows=7, seed=3)
+    assert found.loops > 0
+    assert not surprises(found, rate)
+
+
+def test_alike_dropouts_are_seen() -> None:
+    alike = Rates(1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01)
+    assert surprises(alike, 0.1) == ["both: 0.1"]

@@ -69,7 +69,7 @@ def main() -> int:
         elif verdict.detail:
             print(f"{verdict.kind} seed {case.seed}: {verdict.detail}", flush=True)
         seconds = time.monotonic() - start
-        if len(verdicts) % 20 == 0:
+        if len(verdicts) % 10 == 0:
             bad = sum(v.kind in WRONG for v in verdicts)
             loops = sum(v.loops > 0 for v in verdicts)
             print(

@@ -205,7 +205,7 @@ def draw(seed: int) -> Case:
         logits_out=rng.random() < 0.4,
         way=way,
         frozen=_often(rng, "none", ("embedding", "matrices", "random"), 0.2),
-        dynamic=_often(rng, "none", ("true", "false", "mark"), 0.15),
+        dynamic=_often(rng, "none", ("true", "false", "mark"), 0.08),
         dtype=dtype,
         chunk_rows=rng.choice((3, 5, 8, 8, 13, 16, 29, None)),
         min_region_bytes=rng.choice((1, 256, 1024, 1024)),

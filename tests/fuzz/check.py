@@ -39,8 +39,8 @@ _SLACK = {
 _FLOOR = 1e-6  # a gradient smaller than this share of the largest is measured by the largest
 _STEP = 1e-5  # of the central differences
 _AGAIN = 5  # further seeds for what is only imprecise
-# gradients that are meant not to be the loss's derivative
-_NOT_A_DERIVATIVE = ("clip", "scale_gradient")
+# layers whose gradient is meant not to be the derivative of the loss
+_NOT_A_DERIVATIVE = ("clip", "scale_gradient", "buffer")  # a buffer is made from detached values
 
 WRONG = ("wrong", "imprecise", "crashed", "fell back")
 
