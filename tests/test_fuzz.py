@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from tests.fuzz.shrink import shrink
 from tests.fuzz.ways import Compiler
 from tests.models import NON_LEAF, fresh_compiler  # noqa: F401  (an autouse fixture)
 
-SEEDS = range(12)
+SEEDS = range(11)
 MLP = Case(layers=(Layer(ffn="gelu"),))
 DROPOUT = Case(layers=(Layer(ffn="gelu", ffn_dropout=0.3),))
 
@@ -151,3 +152,12 @@ def test_dropout_in_loops_drops_what_it_should(rate: float) -> None:
 def test_alike_dropouts_are_seen() -> None:
     alike = Rates(1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01)
     assert surprises(alike, 0.1) == ["both: 0.1"]
+
+
+@pytest.mark.xfail(strict=True, reason="equal gradients are merged into views of one storage")
+def test_equal_gradients_have_storages_of_their_own() -> None:
+    """Two biases on one stream, under a loss that moves slices."""
+    case = draw(2086)
+    assert case.shift == "flat_slice"
+    assert case.layers[0].residual == "parallel"
+    assert check(replace(case, dtype="float64")).kind == "right"

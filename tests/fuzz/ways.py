@@ -113,6 +113,10 @@ class Run:
             self.numbers[f"grad {name}"] = (
                 torch.zeros_like(leaf).detach() if leaf.grad is None else leaf.grad.clone()
             )
+        # gradients of one storage would be clipped and accumulated twice
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None and p.numel() > 0]
+        storages = {g.untyped_storage().data_ptr() for g in grads}
+        self.numbers["gradients on one storage"] = torch.tensor(len(grads) - len(storages))
         for name, buffer in self.model.named_buffers():
             self.numbers[f"buffer {name}"] = buffer.clone()
         return self.numbers
