@@ -14,6 +14,7 @@
                   `passes.linear`
         body      one chunk's work as a graph of its own                          `passes.body`
         chunk     a new graph, with loops in place of regions                     `passes.chunk`
+    aliases   fake values tell which tensors share memory                         `passes.aliases`
     layout    outputs keep their strides                                          `passes.layout`
     verify    the new graph says what the old one said                            `passes.verify`
 
@@ -27,6 +28,7 @@ from collections.abc import Callable
 
 from torch.fx import Graph
 
+from passes.aliases import refresh_views, separate_twins
 from passes.causal import drop_causal_masks
 from passes.counted import count_random_numbers
 from passes.generated import remake_generated
@@ -83,6 +85,8 @@ def run_passes(
     observe("plan", planned.plan)
     if planned.chunked is not None:
         join(planned.chunked.graph)
+        refresh_views(planned.chunked.graph)
+        separate_twins(planned.chunked.graph, loop_op)
         try:
             keep_strides(original, planned.chunked.graph)
         except LayoutError as error:
