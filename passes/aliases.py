@@ -13,6 +13,7 @@ Source: `torch._functorch.compile_utils.fx_graph_cse`.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable
 from typing import Any, cast
@@ -57,7 +58,9 @@ def _is_stale(node: Node, whole: object) -> bool:
 def _recomputed(node: Node, whole: torch.Tensor) -> Any:
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     target = cast("Callable[..., Any]", node.target)
-    with cast("Any", whole).fake_mode:
+    mode = cast("Any", whole).fake_mode
+    unguarded = mode.shape_env.suppress_guards() if mode.shape_env else contextlib.nullcontext()
+    with mode, unguarded:  # what holds for the view already is not asked again
         return target(*args, **kwargs)
 
 

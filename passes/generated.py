@@ -23,7 +23,7 @@ from torch.fx import Graph, Node
 
 from passes import rules
 from passes.liveness import phases
-from passes.source import nbytes
+from passes.source import elements, nbytes
 
 RATIO = 8  # a generated value is at least this many times larger than what it is made from
 PER_ELEMENT = 8  # bytes: a mask of bits is as much in the way as what it masks
@@ -62,7 +62,7 @@ def _closure(value: Node) -> list[Node] | None:
         size = node.meta.get("val")
         if not isinstance(size, torch.Tensor):
             continue  # a size
-        narrow = size.numel() * size.element_size() <= whole / NARROW
+        narrow = elements(size) * size.element_size() <= whole / NARROW
         if node is not value and (narrow or not is_cheap(node)):
             small.add(node)
             made_from += nbytes(size)
@@ -91,7 +91,7 @@ def remake_generated(graph: Graph, *, min_bytes: int) -> Graph:
         if (
             is_cheap(node)
             and not rules.is_creation(node)
-            and node.meta["val"].numel() * PER_ELEMENT >= min_bytes
+            and elements(node.meta["val"]) * PER_ELEMENT >= min_bytes
             and (closure := _closure(node)) is not None
         ):
             closures[node] = closure

@@ -78,7 +78,8 @@ def _rows_per_position(region: Region) -> int:
 
 def _kind(region: Region) -> object:
     """What equal layers have in common."""
-    return op_name(region.seed), source_of(region.seed), region.length, bool(region.backward)
+    seed = region.seed
+    return op_name(seed), source_of(seed), nbytes(seed.meta["val"]), bool(region.backward)
 
 
 def even_chunk(length: int, wanted: int, least: int) -> int:

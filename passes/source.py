@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import torch
@@ -37,6 +38,12 @@ def hint(size: object) -> int | None:
             return None
         return None if value is None else int(value)
     return None
+
+
+def elements(value: torch.Tensor) -> int:
+    """How many elements a fake tensor has, by hints where sizes are symbolic (asking the tensor
+    itself would make the graph hold for these sizes only)."""
+    return math.prod(hint(size) or 1 for size in value.shape)
 
 
 def nbytes(value: object) -> int:
