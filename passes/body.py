@@ -323,7 +323,7 @@ class _BodyBuilder:
         accumulate: torch.dtype = value.dtype if kind == "split" else _accumulate(node)
         strides = [int(s) if isinstance(s, int) else s.node.hint for s in value.stride()]
         order = tuple(range(value.dim()))
-        if kind == "split":
+        if kind != "matmul":  # a product is added in place, row by row
             order = tuple(sorted(order, key=lambda d: (-strides[d], d)))
         return BodyOutput(node, kind, self.dims(node), value.dtype, accumulate, order)
 

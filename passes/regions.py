@@ -233,7 +233,9 @@ class RegionFinder:
         return regions, self.refusals
 
     def _may_seed(self, node: Node) -> bool:
-        return nbytes(node.meta.get("val")) >= self.min_bytes and not rules.is_view(node)
+        if nbytes(node.meta.get("val")) < self.min_bytes or rules.is_view(node):
+            return False
+        return node not in self.tangent or node not in self.outputs  # a gradient has to be whole
 
     def _region_of(self, seed: Node) -> Region | None:
         failure: Refusal | None = None

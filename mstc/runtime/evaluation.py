@@ -209,7 +209,9 @@ class _Stages:
 
 def _rows(value: Value) -> int:
     meta = value.meta
-    return meta.numel() // max(1, meta.shape[-1]) if isinstance(meta, torch.Tensor) else 0
+    if not isinstance(meta, torch.Tensor):
+        return 0
+    return meta.numel() // max(1, meta.shape[-1] if meta.dim() else 1)
 
 
 def _numel(value: Value) -> int:

@@ -338,7 +338,10 @@ def _device(inputs: Sequence[torch.Tensor]) -> torch.device:
 def _add(buffer: torch.Tensor | None, value: torch.Tensor, output: Output) -> torch.Tensor:
     if buffer is None:
         # a body's result may have any strides, the loop's has those that were promised
-        return value.to(output.dtype, copy=True, memory_format=torch.contiguous_format)
+        buffer = torch.empty_permuted(
+            value.shape, output.order, dtype=output.dtype, device=value.device
+        )
+        return buffer.copy_(value)
     return buffer.add_(value)
 
 
