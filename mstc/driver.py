@@ -30,6 +30,7 @@ from mstc.inductor import (
     compile_outer_eager,
     detect_fake_mode,
     get_hash_for_files,
+    wants_eager_random_numbers,
     without_duplicates,
 )
 from mstc.observe import Observer, dump
@@ -124,6 +125,7 @@ class ChunkPass(CustomGraphPass):
                 self.plan_options(graph),
                 min_region_bytes=self.options.min_region_bytes,
                 all_axes=self.is_record,
+                count_random=not wants_eager_random_numbers(),
                 loop_op=loop_op,
                 lowering=json.dumps(lowering, sort_keys=True),
                 observe=Observer(),

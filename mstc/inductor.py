@@ -99,6 +99,12 @@ def forgotten_frames() -> Iterator[None]:
                 reset_code(code)
 
 
+def wants_eager_random_numbers() -> bool:
+    """Whether the numbers that `rand` draws have to be those of eager code, which a generator gives
+    in one order only."""
+    return bool(inductor_config.fallback_random)
+
+
 def without_duplicates(graph: Graph) -> Graph:
     """A copy in which equal computations are done once, as AOTAutograd's partitioner will have
     it."""

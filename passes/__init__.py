@@ -48,6 +48,7 @@ def run_passes(
     *,
     min_region_bytes: int,
     all_axes: bool = False,
+    count_random: bool = True,
     loop_op: Callable[..., object],
     lowering: str,
     observe: Callable[[str, object], None] = lambda name, value: None,
@@ -59,6 +60,7 @@ def run_passes(
         options: what the planner is asked for.
         min_region_bytes: smallest value that may seed a region.
         all_axes: as for `find_regions`.
+        count_random: False to leave random numbers to their generator.
         loop_op: the runtime's loop op, called in the new graph.
         lowering: passed on to the loop op.
         observe: called after each pass with its name and its result.
@@ -66,7 +68,8 @@ def run_passes(
     original = graph
     graph, rewrites = drop_causal_masks(graph, min_bytes=min_region_bytes)
     observe("causal", rewrites)
-    graph = count_random_numbers(graph, min_bytes=min_region_bytes)
+    if count_random:
+        graph = count_random_numbers(graph, min_bytes=min_region_bytes)
     observe("counted", graph)
     graph = move_slices(graph, min_bytes=min_region_bytes)
     observe("shift", graph)

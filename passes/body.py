@@ -30,7 +30,7 @@ from torch.fx import Graph, Node
 
 from passes import rules
 from passes.axes import Axes, Dims, Product, Size
-from passes.source import nbytes, op_name
+from passes.source import nbytes, op_name, packet_of
 
 aten = torch.ops.aten
 
@@ -81,7 +81,7 @@ def _is_passthrough(node: Node, axes: Axes) -> bool:
     """A ``slice`` of everything, or a tensor that a reader sees in another role."""
     if node.target is rules.shape.cut:
         return True
-    packet = getattr(node.target, "overloadpacket", None)
+    packet = packet_of(node)
     return packet is aten.slice and axes.dims(node) == axes.dims(node.all_input_nodes[0])
 
 
@@ -149,7 +149,7 @@ class _BodyBuilder:
             return False
         if node in self.prelude or rules.is_creation(node) or op_name(node) == "aten.scalar_tensor":
             return True
-        packet = getattr(node.target, "overloadpacket", None)
+        packet = packet_of(node)
         if packet in _SINKABLE_VIEWS:
             return not any(self.axes.count(i, self.axis) > 1 for i in node.all_input_nodes)
         narrow = nbytes(node.meta.get("val")) <= self.narrow_bytes
@@ -214,10 +214,7 @@ class _BodyBuilder:
                 raise BodyError(f"{op_name(node)} reads a size that is known at run time only")
             args = torch.fx.map_arg(node.args, lambda n: self.operand(node, n, sizes))
             kwargs = torch.fx.map_arg(node.kwargs, self.map.__getitem__)
-            if (
-                getattr(node.target, "overloadpacket", None) is aten.sum
-                and self.axes.role(node, self.axis) == "sum"
-            ):
+            if packet_of(node) is aten.sum and self.axes.role(node, self.axis) == "sum":
                 kwargs = {
                     **kwargs,
                     "dtype": _accumulate(node),
@@ -240,9 +237,7 @@ class _BodyBuilder:
         for node in outputs:
             kind: OutputKind = "split"
             if self.axes.role(node, self.axis) in ("sum", "tally"):
-                kind = (
-                    "matmul" if getattr(node.target, "overloadpacket", None) is aten.mm else "sum"
-                )
+                kind = "matmul" if packet_of(node) is aten.mm else "sum"
             elif self.axes.is_relative(node, self.axis):
                 raise BodyError(f"{op_name(node)} is in an order that one chunk has for itself")
             described.append((node, kind))

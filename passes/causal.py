@@ -38,10 +38,11 @@ import torch
 from torch.fx import Graph, Node
 
 from passes.axes import as_size
+from passes.copies import copy_graph
 from passes.records import Rewrite
 from passes.rules import shape
 from passes.rules.arguments import argument, dim_of
-from passes.source import nbytes, op_name, source_of
+from passes.source import nbytes, op_name, packet_of, source_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -241,7 +242,7 @@ class _Prover:
     def made(self, node: Node) -> _Value | None:
         if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
             return None
-        packet = getattr(node.target, "overloadpacket", None)
+        packet = packet_of(node)
         name = getattr(packet, "__name__", "")
         if packet in (prims.iota, aten.arange):
             return self.positions(node)
@@ -286,7 +287,7 @@ class _Prover:
     def positions(self, node: Node) -> _Value | None:
         if node.meta["val"].is_floating_point():
             return None
-        if getattr(node.target, "overloadpacket", None) is aten.arange:
+        if packet_of(node) is aten.arange:
             start, step = argument(node, "start"), argument(node, "step")
             start, step = (0 if start is None else start), (1 if step is None else step)
         else:
@@ -361,7 +362,7 @@ class _Prover:
         if value is None or isinstance(value, float):
             return value
         before, after = source.meta["val"].shape, node.meta["val"].shape
-        packet = getattr(node.target, "overloadpacket", None)
+        packet = packet_of(node)
         if packet is aten.slice:
             start, step = argument(node, "start"), argument(node, "step")
             dim = dim_of(node, len(before))
@@ -383,7 +384,7 @@ class _Prover:
         assert isinstance(source, Node)
         value, rank = self.value(source), source.meta["val"].dim()
         order = list(range(rank))
-        packet = getattr(node.target, "overloadpacket", None)
+        packet = packet_of(node)
         if packet is aten.permute:
             dims = argument(node, "dims")
             assert isinstance(dims, (list, tuple))
@@ -425,9 +426,9 @@ def _is_constant(value: _Value | None) -> bool:
 def _undoes_padding(node: Node, source: Node) -> bool:
     """Whether a slice takes off what was padded at the end, as attention kernels that want aligned
     masks have it."""
-    if getattr(node.target, "overloadpacket", None) is not aten.slice:
+    if packet_of(node) is not aten.slice:
         return False
-    if getattr(source.target, "overloadpacket", None) is not aten.constant_pad_nd:
+    if packet_of(source) is not aten.constant_pad_nd:
         return False
     start, step, padding = (
         argument(node, "start"),
@@ -520,7 +521,7 @@ def _as_many_queries_as_keys(node: Node) -> bool:
 
 def _attention_mask(node: Node) -> Node | None:
     """The mask that an attention call reads and may do without."""
-    name = _ATTENTION.get(getattr(node.target, "overloadpacket", None))
+    name = _ATTENTION.get(packet_of(node))
     if name is None or node.op != "call_function":
         return None
     mask = argument(node, name)
@@ -573,12 +574,10 @@ def drop_causal_masks(graph: Graph, *, min_bytes: int) -> tuple[Graph, tuple[Rew
             )
     if not found:
         return graph, ()
-    new = Graph()
-    copied: dict[Node, Node] = {}
-    for node in graph.nodes:
-        copy = copied[node] = new.node_copy(node, copied.__getitem__)
+    new, copied = copy_graph(graph)
+    for node, copy in copied.items():
         if node.name in found:
-            _set(copy, _ATTENTION[getattr(node.target, "overloadpacket", None)], None)
+            _set(copy, _ATTENTION[packet_of(node)], None)
             _set(copy, "is_causal", found[node.name])
     new.eliminate_dead_code()
     new.lint()

@@ -14,6 +14,7 @@ import torch
 from torch.fx import Node
 
 from passes.rules.arguments import argument
+from passes.source import packet_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -60,7 +61,7 @@ def _is_zero(arg: object) -> bool:
         return bool(arg == 0)
     if not isinstance(arg, Node) or arg.op != "call_function":
         return False
-    packet = getattr(arg.target, "overloadpacket", None)
+    packet = packet_of(arg)
     if packet in (aten.zeros, aten.zeros_like, aten.new_zeros):
         return True
     if packet is aten.scalar_tensor:
@@ -74,7 +75,7 @@ def _is_zero(arg: object) -> bool:
 
 
 def _keeps(node: Node, depends: Callable[[object], bool]) -> bool:
-    packet = getattr(node.target, "overloadpacket", None)
+    packet = packet_of(node)
     operands = [depends(a) for a in node.args]
     if any(depends(v) for v in node.kwargs.values()):
         return False

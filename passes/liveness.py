@@ -35,7 +35,7 @@ from torch.fx import Graph, Node
 
 from passes import rules
 from passes.records import Buffer, Liveness, Phase
-from passes.source import nbytes, op_name, source_of
+from passes.source import nbytes, op_name, packet_of, source_of
 
 _NEGLIGIBLE = 32  # a source this many times smaller than the value is never worth a decision
 
@@ -88,12 +88,12 @@ def is_fusible(node: Node) -> bool:
     """Whether a code generator computes the value where it is read."""
     if node.op != "call_function":
         return False
-    if getattr(node.target, "overloadpacket", None) is torch.ops.aten.scatter:
+    if packet_of(node) is torch.ops.aten.scatter:
         # one value per row into a constant (the backward of a cross entropy) becomes a comparison
         # with the index
         base = node.args[0]
         return isinstance(base, Node) and rules.is_creation(base)
-    if getattr(node.target, "overloadpacket", None) in _FUSED:
+    if packet_of(node) in _FUSED:
         return True
     return rules.is_pointwise(node) or rules.is_creation(node)
 

@@ -162,7 +162,8 @@ class _Planner:
         best = WORTH_A_ROUND * min(live.peak_bytes for _, live in rounds)
         kept, now = next(one for one in rounds if one[1].peak_bytes <= best)
         if len(kept) < len(chosen):
-            chosen, chunked = kept, self.rewrite(dict(kept)) if kept else unlooped
+            chosen = kept
+            chunked = self.rewrite(chosen) if chosen else unlooped
         after = now.peak_bytes - now.gradient_bytes
         if chunked is None or now.peak_bytes > (1 - MIN_GAIN) * before.peak_bytes:
             return self.untouched(before, start)

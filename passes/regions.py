@@ -49,7 +49,7 @@ from passes.axes import Axes
 from passes.generated import NARROW, RATIO, is_cheap
 from passes.liveness import output_nodes, tangent_nodes
 from passes.records import Refusal, Region
-from passes.source import hint, nbytes, op_name, source_of
+from passes.source import hint, nbytes, op_name, packet_of, source_of
 
 AMPLIFY = 1.25  # a seed is at least this much wider than what it is made from
 _MUCH = 3  # times what leaves, a region pays even if what leaves is as wide as the seed
@@ -84,7 +84,7 @@ def _inputs_of_products(graph: Graph) -> set[Node]:
 
 def _keeps_values(node: Node) -> bool:
     """A view or a change of dtype."""
-    packet = getattr(node.target, "overloadpacket", None)
+    packet = packet_of(node)
     return bool(node.all_input_nodes) and (
         rules.is_view(node)
         or packet in (torch.ops.prims.convert_element_type, torch.ops.aten.clone)

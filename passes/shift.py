@@ -36,10 +36,11 @@ from torch.fx import Graph, Node
 
 from passes import rules
 from passes.axes import Axes, analyze_axes
+from passes.copies import copy_graph
 from passes.linear import is_linear_in
 from passes.liveness import tangent_nodes
 from passes.regions import AMPLIFY
-from passes.source import nbytes
+from passes.source import nbytes, packet_of
 
 aten = torch.ops.aten
 
@@ -56,23 +57,11 @@ class _Cut:
         return self.stop - self.start
 
 
-def _copy(graph: Graph) -> Graph:
-    new = Graph()
-    made: dict[Node, Node] = {}
-    for node in graph.nodes:
-        made[node] = new.node_copy(node, made.__getitem__)
-    return new
-
-
 def _static(node: Node) -> bool:
     values = [node.meta.get("val"), *(i.meta.get("val") for i in node.all_input_nodes)]
     return all(
         isinstance(v, torch.Tensor) and all(isinstance(s, int) for s in v.shape) for v in values
     )
-
-
-def _packet(node: Node) -> object:
-    return getattr(node.target, "overloadpacket", None)
 
 
 def _bounds(node: Node, first: int, size: int) -> tuple[int, int, int] | None:
@@ -277,7 +266,7 @@ def _may_move(node: Node, tangent: set[Node], min_bytes: int) -> bool:
 
 def _cut_of(node: Node, axes: Axes, tangent: set[Node], min_bytes: int) -> _Cut | None:
     """The cut that a ``slice`` makes, if it is one that can move."""
-    if _packet(node) is not aten.slice or not _may_move(node, tangent, min_bytes):
+    if packet_of(node) is not aten.slice or not _may_move(node, tangent, min_bytes):
         return None
     source = node.all_input_nodes[0]
     bounds = _bounds(node, 1, source.meta["val"].shape[node.args[1]] if len(node.args) > 1 else 0)  # type: ignore[index]
@@ -291,7 +280,7 @@ def _cut_of(node: Node, axes: Axes, tangent: set[Node], min_bytes: int) -> _Cut 
 
 def _padding_of(node: Node, axes: Axes, cut: _Cut) -> bool:
     """Whether a node pads with zeros exactly what the cut cut off."""
-    if _packet(node) is not aten.slice_scatter or not _static(node):
+    if packet_of(node) is not aten.slice_scatter or not _static(node):
         return False
     base = node.args[0]
     if not (isinstance(base, Node) and rules.is_creation(base) and base.args[1:2] == (0,)):
@@ -320,7 +309,7 @@ def move_slices(graph: Graph, *, min_bytes: int) -> Graph:
     current = graph
     moved: set[str] = set()
     while True:
-        trial = _copy(current)
+        trial, _ = copy_graph(current)
         axes, tangent = analyze_axes(trial, rules.find_rule), tangent_nodes(trial)
         found = next(
             (

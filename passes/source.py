@@ -27,6 +27,11 @@ def op_name(node: Node) -> str:
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))
 
 
+def packet_of(node: Node) -> object:
+    """The op that a node calls, whatever the overload; None for what is no op of PyTorch's."""
+    return getattr(node.target, "overloadpacket", None)
+
+
 def hint(size: object) -> int | None:
     """An int, or a SymInt's hint; None for a size that only run time knows."""
     if isinstance(size, int):

@@ -32,6 +32,7 @@ from torch.fx import Node
 from passes.axes import Dims, OpAxes, OpCall, Places, Product, Rows, Rule, Tally, divide
 from passes.rules import create, index, pointwise, reduce, shape
 from passes.rules.arguments import argument, dim_of
+from passes.source import packet_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -44,14 +45,10 @@ _SAME = {aten.alias, aten.detach, aten.clone, aten.lift_fresh_copy}
 _PICKS = {aten.topk, aten.argmax, aten.argmin, aten.sort}  # whose indices are not negative
 
 
-def _packet(node: Node) -> object:
-    return node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else None
-
-
 def _root(node: Node) -> Node:
     """The value whose entries a view, a copy, a cast or a sort of it holds, order kept."""
     while True:
-        packet = _packet(node)
+        packet = packet_of(node)
         cast_ = packet in _CASTS and node.meta["val"].dtype in _ORDERED
         if packet in shape.RESHAPES or packet in _SAME or cast_:
             node = node.all_input_nodes[0]
@@ -63,12 +60,12 @@ def _root(node: Node) -> Node:
 
 def _is_output(node: Node, position: int, of: Collection[object]) -> bool:
     picks = node.target is operator.getitem and bool(node.args[1] == position)
-    return picks and _packet(node.all_input_nodes[0]) in of
+    return picks and packet_of(node.all_input_nodes[0]) in of
 
 
 def _is_index(node: Node) -> bool:
     """Whether a value can be seen to be integers that are not negative."""
-    return _is_output(node, 1, _PICKS) or _packet(node) in _PICKS
+    return _is_output(node, 1, _PICKS) or packet_of(node) in _PICKS
 
 
 def sort(call: OpCall) -> OpAxes | None:
@@ -111,7 +108,7 @@ def carrying(rule: Rule) -> Rule:
         if op is None or content is None:
             return op
         (value,) = call.outputs
-        if _packet(call.node) in _CASTS and (value is None or value.dtype not in _ORDERED):
+        if packet_of(call.node) in _CASTS and (value is None or value.dtype not in _ORDERED):
             return op
         return OpAxes(
             op.outputs,
@@ -309,7 +306,7 @@ def add_rows(call: OpCall) -> OpAxes | None:
     """``scatter_add(x, dim, rows, y)`` and ``index_add(x, dim, rows, y)``."""
     base, _, at, values = cast("tuple[Node, int, Node, Node]", call.node.args[:4])
     content = call.content(at)
-    by_row = _packet(call.node) is aten.index_add
+    by_row = packet_of(call.node) is aten.index_add
     if not isinstance(content, Rows):
         return index.index_add(call) if by_row else index.scatter(call)
     if call.content(values) is not None or call.content(base) is not None:

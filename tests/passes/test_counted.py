@@ -2,13 +2,16 @@
 gradient is the gradient of what the forward dropped."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import mstc
+from mstc.runtime.loop import Program
 from passes.counted import count_random_numbers
 from passes.liveness import output_nodes
 from tests.models import fresh_compiler  # noqa: F401  (an autouse fixture)
@@ -89,24 +92,27 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, p: float) -> None:
+    def __init__(self, p: float, *, checkpointed: bool) -> None:
         super().__init__()
+        self.checkpointed = checkpointed
         self.blocks = nn.ModuleList([Block(p), Block(p)])
         self.head = nn.Linear(16, 97)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
         return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
 
 
 OPTIONS = {"lowering": "eager", "min_peak_bytes": 0, "min_region_bytes": 2048, "chunk_rows": 24}
 
 
-def compiled(p: float, **options: object) -> tuple[nn.Module, Callable[[int], Tensor]]:
+def compiled(
+    p: float, *, checkpointed: bool = False, **options: object
+) -> tuple[nn.Module, Callable[[int], Tensor]]:
     """A model in float64, and its loss under a seed."""
     torch.manual_seed(3)
-    model = Model(p).double()
+    model = Model(p, checkpointed=checkpointed).double()
     x, labels = torch.randn(2, 37, 16, dtype=torch.float64), torch.randint(97, (2, 37))
     call = torch.compile(model, backend="mst", options={**OPTIONS, **options})
 
@@ -119,8 +125,14 @@ def compiled(p: float, **options: object) -> tuple[nn.Module, Callable[[int], Te
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"gradient_in_forward": False}, {"chunk_rows": 7}, {"chunk_rows": 1000}],
-    ids=["planned", "recompute", "small", "one-chunk"],
+    [
+        {},
+        {"gradient_in_forward": False},
+        {"chunk_rows": 7},
+        {"chunk_rows": 1000},
+        {"checkpointed": True},
+    ],
+    ids=["planned", "recompute", "small", "one-chunk", "checkpointed"],
 )
 def test_the_gradient_is_that_of_what_was_dropped(options: dict[str, object]) -> None:
     """The loss under a fixed seed is a smooth function: its slope along the gradient, by central
@@ -147,6 +159,44 @@ def test_the_gradient_is_that_of_what_was_dropped(options: dict[str, object]) ->
         assert (sides[0] - sides[1]) / (2 * step) == pytest.approx(slope, rel=1e-6, abs=1e-8)
     if options.get("chunk_rows") != 1000:
         assert loops() >= 3
+
+
+def test_a_checkpoint_computes_no_loop_a_third_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loops of the backward compute their region again; the layer's checkpoint does not."""
+    ran: list[int] = []
+    run = Program.run
+
+    def counted(self: Program, *args: Any) -> list[Tensor]:
+        ran[-1] += 1
+        return run(self, *args)
+
+    monkeypatch.setattr(Program, "run", counted)
+    for checkpointed in (False, True):
+        torch._dynamo.reset()
+        _, loss = compiled(0.3, checkpointed=checkpointed)
+        ran.append(0)
+        loss(5).backward()
+        assert loops() >= 3
+    assert ran[0] == ran[1] > 0
+
+
+def test_numbers_of_eager_code_where_they_are_asked_for() -> None:
+    def noisy(x: Tensor, weight: Tensor) -> Tensor:
+        wide = x @ weight
+        return (torch.tanh(wide) * torch.rand(wide.shape)).sum()
+
+    x, weight = torch.randn(400, 4), torch.randn(4, 256, requires_grad=True)
+    torch.manual_seed(1)
+    wanted = noisy(x, weight)
+    found: list[Tensor] = []
+    for asked in (True, False):
+        torch._dynamo.reset()
+        with torch._inductor.config.patch(fallback_random=asked):
+            torch.manual_seed(1)
+            found.append(torch.compile(noisy, backend="mst", options=OPTIONS)(x, weight))
+    torch.testing.assert_close(found[0], wanted)
+    assert abs(found[1] - wanted) > 1e-3, "from a counter, other numbers are drawn"
+    assert loops() == 1
 
 
 def loops() -> int:
