@@ -2,12 +2,14 @@
 
     python -m benchmarks.coverage                    # everything; resumes where it stopped
     python -m benchmarks.coverage --only llama,t5 --modes fp32,autocast --redo
+    python -m benchmarks.coverage --jobs 2           # two rows at once, timed one by one
     python -m benchmarks.coverage --lowering eager --out found.json   # quick, for finding faults
 
-A row is one architecture in one mode, in a process of its own, without compile caches:
+A row is one architecture in one mode, in a process of its own. PyTorch's caches of compiled graphs
+are off; rows share the C++ kernels, so a row that is measured again builds only what has changed:
     1. loss and gradients of the model in float64, eager;
     2. for each contender (eager, Inductor, Inductor with its auto_chunker, mst with default
-       options): the first step, timed, its gradients against the float64 ones; then the peak of
+       options): gradients of the first step against the float64 ones; then the peak of
        intermediate memory of a later step (mstc/runtime/memory.py);
     3. steps of all contenders in turns, for their times;
     4. what mst reports: graphs, loops, refusals.
@@ -23,11 +25,13 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -36,7 +40,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import accuracy, coverage_table, measure, models, store, zoo
+from benchmarks import accuracy, coverage_table, measure, models, quiet, store, zoo
 from mstc import history
 from mstc.runtime.memory import measure_step
 
@@ -58,6 +62,28 @@ _TEXT = 700  # characters of an error that are kept
 def row(job: dict[str, Any]) -> dict[str, Any]:
     """One architecture in one mode."""
     begin = time.perf_counter()
+    with quiet.working():
+        found = _compile_and_compare(job)
+    if not isinstance(found, _Compiled):
+        return found
+    with quiet.alone():
+        _take_turns(found, job["rounds"])
+    found.result["reports"] = [_plain_report(report) for report in history.reports()]
+    found.result["seconds"] = round(time.perf_counter() - begin, 1)
+    return found.result
+
+
+@dataclass
+class _Compiled:
+    """The contenders that work, ready to be timed, and what is known of all so far."""
+
+    subject: models.Subject
+    steps: dict[str, Callable[[], Tensor]]
+    result: dict[str, Any]
+
+
+def _compile_and_compare(job: dict[str, Any]) -> _Compiled | dict[str, Any]:
+    """Everything but the times; or a result that says why there is none."""
     architecture, scale = zoo.ZOO[job["architecture"]], SCALES[job["scale"]]
     try:
         subject = architecture.subject(scale)
@@ -74,8 +100,6 @@ def row(job: dict[str, Any]) -> dict[str, Any]:
         result["routing"] = _compare_routing(subject, truth, autocast)
 
     _let_dynamo_compile_everything()
-    if job["lowering"] == "inductor":
-        measure.warm_up_compiler()  # or the first contender would pay for it
     steps: dict[str, Callable[[], Tensor]] = {}
     for name in job["contenders"]:
         compiler = _compiler(name, job["lowering"])
@@ -86,10 +110,7 @@ def row(job: dict[str, Any]) -> dict[str, Any]:
             steps[name] = step
         except Exception as error:
             result["contenders"][name] = {"failed": _text_of(error)}
-    _take_turns(steps, subject, job["rounds"], result["contenders"])
-    result["reports"] = [_plain_report(report) for report in history.reports()]
-    result["seconds"] = round(time.perf_counter() - begin, 1)
-    return result
+    return _Compiled(subject, steps, result)
 
 
 def _in_bfloat16(subject: models.Subject) -> models.Subject:
@@ -144,7 +165,7 @@ def _compiler(name: str, lowering: str) -> Callable[[Any], Callable[..., Any]]:
 def _first_steps(
     step: Callable[[], Tensor], subject: models.Subject, truth: _Truth, name: str
 ) -> dict[str, Any]:
-    """Compile (PyTorch's caches are switched off in a fresh process), compare, measure the peak.
+    """Compile, compare, measure the peak.
 
     Raises:
         whatever the contender raises; RuntimeError if it compiled nothing.
@@ -152,8 +173,7 @@ def _first_steps(
     counters: Any = torch._dynamo.utils.counters
     counters.clear()
     measure.clear_gradients(subject.model)
-    losses: list[Tensor] = []
-    compile_s = measure.seconds(lambda: losses.append(step()), _DEVICE)
+    losses = [step()]
     gradients = accuracy.gradients(subject.model)
     measure.clear_gradients(subject.model)
     step()  # a second step, so that nothing is made or tuned while measuring
@@ -162,7 +182,6 @@ def _first_steps(
     if name != "eager" and not graphs:
         raise RuntimeError("nothing was compiled")
     return {
-        "compile_s": round(compile_s, 2),
         "peak_intermediate_nbytes": trace.peak_intermediate_nbytes,
         "error": accuracy.floored_error(gradients, truth.gradients),
         "loss_error": float((losses[0].double() - truth.loss).abs() / truth.loss.abs()),
@@ -171,18 +190,14 @@ def _first_steps(
     }
 
 
-def _take_turns(
-    steps: dict[str, Callable[[], Tensor]],
-    subject: models.Subject,
-    rounds: int,
-    contenders: dict[str, Any],
-) -> None:
+def _take_turns(compiled: _Compiled, rounds: int) -> None:
     """Add the seconds of each round to the contenders, and what was compiled meanwhile."""
     if not rounds:
         return
     counters: Any = torch._dynamo.utils.counters
     counters.clear()
-    times = measure.alternate(steps, subject.model, _DEVICE, rounds, warm_up=1)
+    contenders = compiled.result["contenders"]
+    times = measure.alternate(compiled.steps, compiled.subject.model, _DEVICE, rounds, warm_up=1)
     for name, values in times.items():
         contenders[name]["rounds_s"] = [round(value, 5) for value in values]
     if late := counters["stats"]["unique_graphs"]:
@@ -257,6 +272,15 @@ def _is_wanted(record: dict[str, Any] | None, options: argparse.Namespace) -> bo
     return options.retry_failed and coverage_table.has_failed(record)
 
 
+def _measured(job: dict[str, Any], kernels: Path) -> dict[str, Any]:
+    try:
+        return measure.run_fresh(
+            "benchmarks.coverage", job, timeout_s=_ROW_TIMEOUT_S, kernels=kernels
+        )
+    except measure.WorkerFailed as problem:
+        return {"failed": _shortened(str(problem)[-_TEXT:])}
+
+
 def _parse(arguments: list[str]) -> argparse.Namespace:
     def names(text: str) -> list[str]:
         return text.split(",")
@@ -278,6 +302,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         choices=("inductor", "eager"),
         default="inductor",
         help="eager: graphs run op by op, beside aot_eager in Inductor's place",
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="rows at once, except when timing")
+    parser.add_argument(
+        "--kernels", type=Path, help="where C++ kernels are kept for a later run; default: nowhere"
     )
     parser.add_argument("--scale", choices=tuple(SCALES), default="row", help="tiny: for tests")
     parser.add_argument("--redo", action="store_true", help="also rows that the results have")
@@ -317,18 +345,19 @@ def main(arguments: list[str]) -> int:
     results = store.load(options.out, header, options.force)
     records, commit = results["records"], _commit()
     todo = [(key, job) for key, job in _jobs(options) if _is_wanted(records.get(key), options)]
-    progress = tqdm(todo, unit="row")
-    for key, job in progress:
-        progress.set_postfix_str(key)
-        stamp = {"commit": commit, "date": date.today().isoformat()}
-        try:
-            found = measure.run_fresh("benchmarks.coverage", job, timeout_s=_ROW_TIMEOUT_S)
-        except measure.WorkerFailed as problem:
-            found = {"failed": _shortened(str(problem)[-_TEXT:])}
-        records[key] = stamp | found
-        store.save(options.out, results)
-        for name, text in coverage_table.failures(found).items():
-            progress.write(f"{key} {name}: {text}")
+    with tempfile.TemporaryDirectory(prefix="mstc-kernels-") as folder:
+        kernels = options.kernels or Path(folder)
+        with ThreadPoolExecutor(options.jobs) as pool:
+            pending = {pool.submit(_measured, job, kernels): key for key, job in todo}
+            progress = tqdm(as_completed(pending), total=len(pending), unit="row")
+            for done in progress:
+                key, found = pending[done], done.result()
+                stamp = {"commit": commit, "date": date.today().isoformat()}
+                records[key] = stamp | found
+                store.save(options.out, results)
+                progress.set_postfix_str(key)
+                for name, text in coverage_table.failures(found).items():
+                    progress.write(f"{key} {name}: {text}")
     print(coverage_table.summary(results))
     if options.out == RESULTS:
         PAGE.write_text(coverage_table.page(results))

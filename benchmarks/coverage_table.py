@@ -72,12 +72,11 @@ def summary(results: dict[str, Any]) -> str:
                 _mean_and_worst(with_head, peak_ratio),
                 _mean_and_worst(without, peak_ratio),
                 _mean_and_worst(rows, time_ratio),
-                _mean_and_worst(rows, compile_ratio),
                 _list(n for n, r in rows.items() if _is_further(r, mode)) or "none",
             ]
         )
     header = ("mode", "rows", "peak, models with a vocabulary head", "peak, others")
-    header += ("time per step", "compile time", "gradients further off than Inductor's")
+    header += ("time per step", "gradients further off than Inductor's")
     return "\n\n".join([table(header, lines), "\n".join(_counts(records))])
 
 
@@ -88,10 +87,6 @@ def peak_ratio(record: Record, above: str = "mst", below: str = "inductor") -> f
 def time_ratio(record: Record) -> float | None:
     """Median over median of steps that took turns."""
     return _ratio(record, "mst", "inductor", _step_s)
-
-
-def compile_ratio(record: Record) -> float | None:
-    return _ratio(record, "mst", "inductor", lambda found: found.get("compile_s"))
 
 
 def _step_s(found: Record) -> float | None:
@@ -148,7 +143,7 @@ def _counts(records: dict[str, Record]) -> Iterator[str]:
 
 def _mode_table(rows: dict[str, Record]) -> str:
     header = ("architecture", "batch x tokens", "Inductor MiB", "eager", "auto_chunker", "mst")
-    header += ("time per step", "compile time", "gradient error: mst", "Inductor")
+    header += ("time per step", "gradient error: mst", "Inductor")
     header += ("graphs", "loops")
     return table(header, (_cells(name, row) for name, row in rows.items()))
 
@@ -173,7 +168,6 @@ def _cells(name: str, row: Record) -> list[str]:
         *peaks[:2],
         f"**{peaks[2]}**" if peaks[2] else "",
         number(time_ratio(row), ".2f"),
-        number(compile_ratio(row), ".2f"),
         errors[0] + ("†" if flips else ""),
         errors[1],
         str(ours.get("graphs", "")),
@@ -262,9 +256,9 @@ _INTRODUCTION = """\
 Every architecture below, in every mode, as its users call it: labels in, loss and logits out,
 `model.train()`, a configuration's defaults but for sizes and dropout; random weights. Four
 contenders: eager, Inductor, Inductor with its own `auto_chunker` switched on, and mst with default
-options. Peaks are of intermediate memory (above parameters, inputs and gradients); peaks, times and
-compile times are ratios to Inductor's, smaller is better. Made by `python -m benchmarks.coverage`;
-every figure is in `benchmarks/results/coverage-cpu.json`."""
+options. Peaks are of intermediate memory (above parameters, inputs and gradients); peaks and times
+are ratios to Inductor's, smaller is better. Made by `python -m benchmarks.coverage`; every figure
+is in `benchmarks/results/coverage-cpu.json`."""
 
 _WITHOUT_INDUCTOR = """
 **Without Inductor**: graphs ran op by op; `aot_eager_decomp_partition` stands in its place."""
@@ -299,11 +293,10 @@ _METHOD = """\
 * Sizes, where a row does not say otherwise: {sizes}; half as many layers each for an encoder with a
   decoder. Small, so that a row takes a minute; what a vocabulary head needs, and the gain, grow
   with vocabulary and tokens (the README has larger ones).
-* One process per row, with PyTorch's compile caches switched off. *Compile time* is the first
-  step's.
+* One process per row, with PyTorch's caches of compiled graphs switched off.
 * *Peak*: summed from the allocator's events during a later step (`mstc/runtime/memory.py`).
 * *Time per step*: contenders take turns in one process (A B C D A B C D), medians; forward and
-  backward.
+  backward. Rows may be compiled side by side; while one is timed, the others wait.
 * *Gradient error*: against the same weights and batch in float64, eager. Of each parameter,
   `||g - g64|| / max(||g64||, 0.001 ||all g64||)`; the table has the worst parameter's. The second
   term of the maximum is for gradients whose true value is 0 (the bias of the keys under a softmax):

@@ -34,17 +34,24 @@ class WorkerFailed(RuntimeError):
 
 
 def run_fresh(
-    module: str, job: Mapping[str, Any], *, show: bool = False, timeout_s: float = 3600
+    module: str,
+    job: Mapping[str, Any],
+    *,
+    show: bool = False,
+    timeout_s: float = 3600,
+    kernels: Path | None = None,
 ) -> dict[str, Any]:
     """Run `python -m module --worker job.json result.json` with cold compile caches.
 
-    `show` lets the worker write to our stdout (its progress); warnings on stderr stay unseen.
+    `show` lets the worker write to our stdout (its progress); warnings on stderr stay unseen. Into
+    `kernels`, a folder, go Inductor's C++ kernels, which it finds again by their source: compile
+    times are then not cold.
     """
     with tempfile.TemporaryDirectory(prefix="mstc-bench-") as folder:
         job_path, result_path = Path(folder, "job.json"), Path(folder, "result.json")
         job_path.write_text(json.dumps(job))
         environment = os.environ | {
-            "TORCHINDUCTOR_CACHE_DIR": str(Path(folder, "inductor")),
+            "TORCHINDUCTOR_CACHE_DIR": str(kernels or Path(folder, "inductor")),
             "TRITON_CACHE_DIR": str(Path(folder, "triton")),
             "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
         }
