@@ -29,6 +29,10 @@ _CAN_ISOLATE = "isolate_recompiles" in inspect.signature(torch.compile).paramete
 ROOT = Path(__file__).resolve().parent.parent
 
 
+_ALL_ANEW = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+_GRAPHS_ANEW = {"TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
+
+
 class WorkerFailed(RuntimeError):
     """A fresh process ended without a result; the message is the end of what it printed."""
 
@@ -53,7 +57,7 @@ def run_fresh(
         environment = os.environ | {
             "TORCHINDUCTOR_CACHE_DIR": str(kernels or Path(folder, "inductor")),
             "TRITON_CACHE_DIR": str(Path(folder, "triton")),
-            "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+            **(_GRAPHS_ANEW if kernels else _ALL_ANEW),
         }
         command = [sys.executable, "-m", module, "--worker", str(job_path), str(result_path)]
         try:

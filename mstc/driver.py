@@ -40,6 +40,7 @@ from mstc.runtime.deferred import DeferredTensor, opening_of, plain_example, wra
 from mstc.runtime.loop import Call, loop_op, prepare_bodies
 from mstc.saved import load_report, report_key, save_report
 from passes.defer import DeferResult, defer_outputs
+from passes.grouped import replace_grouped
 from passes.liveness import tangent_nodes
 from passes.open import Opening, open_inputs
 from passes.plan import AT_PEAK, PlanOptions
@@ -284,6 +285,7 @@ class _Prepared:
 def _prepare(
     gm: GraphModule, example_inputs: Sequence[Any], options: Options, report: Report
 ) -> _Prepared:
+    replace_grouped(gm)
     opened = _open(gm, example_inputs, report)
     return _Prepared(opened, _deferred(opened.graph, options, report), RecordCompiler(options))
 

@@ -99,7 +99,7 @@ def is_positions(node: Node) -> bool:
 
 def is_matmul(node: Node) -> bool:
     packet = _packet(node)
-    return packet in matmul.RULES or packet is torch.ops.aten._grouped_mm
+    return packet in matmul.RULES or packet in permuted.GROUPED
 
 
 def is_lookup(node: Node) -> bool:

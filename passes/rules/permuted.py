@@ -9,7 +9,7 @@
     empty[rows] = arange     `Places`: the inverse; ``argsort(rows)`` as well
     y[places]                rows back in the order of the positions
     histc(keys), cumsum      `Tally`: how many rows each group has, and where it ends
-    _grouped_mm(y, w, ends)  one matrix per group of rows; its weight gradient sums within groups
+    grouped_mm(y, w, ends)   one matrix per group of rows; its weight gradient sums within groups
 
 What is needed for a chunk's groups to be the groups of the whole: rows are ascending in the key; a
 row's bin depends on its key alone and does not fall as the key rises; no key lies below the first
@@ -29,6 +29,7 @@ from typing import cast
 import torch
 from torch.fx import Node
 
+from passes import grouped
 from passes.axes import Dims, OpAxes, OpCall, Places, Product, Rows, Rule, Tally, divide
 from passes.rules import create, index, pointwise, reduce, shape
 from passes.rules.arguments import argument, dim_of
@@ -36,6 +37,8 @@ from passes.source import packet_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
+
+GROUPED = {aten._grouped_mm, grouped.grouped_mm.overloadpacket}
 
 _ORDERED = (torch.int32, torch.int64, torch.float32, torch.float64)
 """A cast between these keeps the order of integers, if not their difference."""
@@ -173,24 +176,25 @@ def running_sum(call: OpCall) -> OpAxes | None:
 
 
 def grouped_mm(call: OpCall) -> OpAxes | None:
-    """``_grouped_mm(a, b, ends)``: rows of `a` by groups times `b`'s matrices, or, contracted over
-    the rows, one matrix per group."""
+    """``grouped_mm(a, b, ends)``, PyTorch's or ours: rows of `a` by groups times `b`'s matrices,
+    or, contracted over the rows, one matrix per group."""
     left, right = (call.dims(a) for a in call.node.args[:2])
     ends = argument(call.node, "offs")
     content = call.content(ends)
-    if argument(call.node, "bias") is not None or not isinstance(ends, Node):
+    own = call.node.target is grouped.grouped_mm
+    if not isinstance(ends, Node) or not (own or argument(call.node, "bias") is None):
         return None
     if not isinstance(content, Tally) or not content.running:
         return None
     (groups,) = call.dims(ends)
     first, second = cast("tuple[Node, Node]", call.node.args[:2])
     if len(left) == 2 and len(right) == 3:
-        apart = _rows_apart(first, 0)
+        apart = own or _rows_apart(first, 0)
         rows, inner, other = left[0], left[1], right[1]
         out: Dims = (rows, right[2])
         aligned = call.table.unify(groups, right[0])
     elif len(left) == 2 and len(right) == 2:
-        apart = _rows_apart(first, 1) and _rows_apart(second, 0)
+        apart = own or (_rows_apart(first, 1) and _rows_apart(second, 0))
         rows, inner, other = left[1], left[1], right[0]
         out = (groups, left[0], right[1])
         aligned = True
@@ -334,7 +338,7 @@ RULES: dict[object, Rule] = {
     aten.div.Tensor_mode: floor_divide,
     aten.histc: histogram,
     aten.cumsum: running_sum,
-    aten._grouped_mm: grouped_mm,
+    **dict.fromkeys(GROUPED, grouped_mm),
     aten.index: read,
     aten.index_put: write,
     aten.gather: gather,

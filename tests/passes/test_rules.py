@@ -21,7 +21,8 @@ from torch.utils import _pytree as pytree
 from passes import rules
 from passes.axes import Axes, analyze_axes
 from passes.body import build_body
-from passes.rules import find_rule
+from passes.grouped import grouped_mm
+from passes.rules import find_rule, permuted
 from tests.passes.graphs import Sketch, assert_close, run_body
 
 aten = torch.ops.aten
@@ -568,6 +569,11 @@ def grouped(draw: Draw) -> Call:
     return aten._grouped_mm.default, (x, weights, ends), {}
 
 
+def own_grouped(draw: Draw) -> Call:
+    _, (x, weights, ends), _ = grouped(draw)
+    return grouped_mm, (x.float(), weights.float(), ends), {}
+
+
 def mm(draw: Draw) -> Call:
     m, k, n = shape_of(draw, 3)
     return aten.mm.default, (real(m, k), real(k, n)), {}
@@ -771,10 +777,11 @@ CALLS: dict[object, Callable[[Draw], Call]] = {
     aten.div.Tensor_mode: whole_division,
     aten.histc: lambda d: (aten.histc.default, (real(*shape_of(d)), 4, 0, 3), {}),
     aten._grouped_mm: grouped,
+    grouped_mm.overloadpacket: own_grouped,
 }
 
 # Table entries that may never loop along an axis of their own.
-NEVER = {aten.scalar_tensor, aten.arange, prims.iota, aten.histc, aten._grouped_mm}
+NEVER = {aten.scalar_tensor, aten.arange, prims.iota, aten.histc, *permuted.GROUPED}
 
 
 def test_every_rule_is_tested():
@@ -942,6 +949,16 @@ def _gradient_of_groups(g: Sorted) -> list[Any]:
     return [g.call(aten._grouped_mm.default, left, g.of_tokens(16, small), g.ends())]
 
 
+def _own_groups(g: Sorted) -> list[Any]:
+    weights = g.sketch.input(real(EXPERTS, 3, 2))
+    return [g.back(g.call(grouped_mm, g.of_tokens(3), weights, g.ends()))]
+
+
+def _gradient_of_own_groups(g: Sorted) -> list[Any]:
+    left = g.call(aten.permute.default, g.of_tokens(3), [1, 0])
+    return [g.call(grouped_mm, left, g.of_tokens(2), g.ends())]
+
+
 SORTED: list[Callable[[Sorted], list[Any]]] = [
     _read_rows,
     _read_choices,
@@ -954,6 +971,8 @@ SORTED: list[Callable[[Sorted], list[Any]]] = [
     _sums_of_rows,
     _groups,
     _gradient_of_groups,
+    _own_groups,
+    _gradient_of_own_groups,
 ]
 
 
