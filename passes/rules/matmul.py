@@ -4,36 +4,39 @@ from __future__ import annotations
 
 import torch
 
-from passes.axes import OpAxes, OpCall, Rule
+from passes.axes import Dims, OpAxes, OpCall, Product, Rule
 
 aten = torch.ops.aten
 
 
+def _product(call: OpCall, left: Dims, right: Dims) -> tuple[Dims, Product] | None:
+    """Dims of ``a @ b``, with or without a batch dim, and the contracted one."""
+    inner = left[-1]
+    both = ((inner, right[-2]), *zip(left[:-2], right[:-2], strict=True))
+    if not all(call.table.unify(a, b) for a, b in both):
+        return None
+    return (*left[:-1], right[-1]), inner
+
+
 def mm(call: OpCall) -> OpAxes | None:
+    """``a @ b``, with or without a batch dim."""
     left, right = (call.dims(a) for a in call.node.args[:2])
-    if not call.table.unify(left[1], right[0]):
-        return None
-    return OpAxes(((left[0], right[1]),), summed=(left[1],))
-
-
-def bmm(call: OpCall) -> OpAxes | None:
-    left, right = (call.dims(a) for a in call.node.args[:2])
-    if not (call.table.unify(left[0], right[0]) and call.table.unify(left[2], right[1])):
-        return None
-    return OpAxes(((left[0], left[1], right[2]),), summed=(left[2],))
+    found = _product(call, left, right)
+    return found and OpAxes((found[0],), summed=(found[1],))
 
 
 def addmm(call: OpCall) -> OpAxes | None:
-    """``bias + a @ b``; along the contracted axis the bias would be added once per chunk, so that
-    one is closed."""
+    """``bias + a @ b``, with or without a batch dim; along the contracted axis the bias would be
+    added once per chunk, so that one is closed."""
     bias, left, right = (call.dims(a) for a in call.node.args[:3])
-    out = (left[0], right[1])
-    if not call.table.unify(left[1], right[0]):
+    found = _product(call, left, right)
+    if found is None:
         return None
-    for product, position in zip(reversed(bias), (1, 0), strict=False):
-        if product and not call.table.unify(product, out[position]):
+    out, inner = found
+    for product, dim in zip(reversed(bias), reversed(out), strict=False):
+        if product and not call.table.unify(product, dim):
             return None
-    return OpAxes((out,), entangled=(left[1],))
+    return OpAxes((out,), entangled=(inner,))
 
 
 def mv(call: OpCall) -> OpAxes | None:
@@ -48,8 +51,9 @@ def dot(call: OpCall) -> OpAxes | None:
 
 RULES: dict[object, Rule] = {
     aten.mm: mm,
-    aten.bmm: bmm,
+    aten.bmm: mm,
     aten.addmm: addmm,
+    aten.baddbmm: addmm,
     aten.mv: mv,
     aten.dot: dot,
 }

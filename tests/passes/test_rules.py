@@ -592,6 +592,13 @@ def addmm(draw: Draw) -> Call:
     return aten.addmm.default, (bias, real(m, k), real(k, n)), scale
 
 
+def baddbmm(draw: Draw) -> Call:
+    b, m, k, n = shape_of(draw, 4)
+    bias = real(*draw(st.sampled_from([(n,), (m, n), (1, n), (b, 1, n), (b, m, n), (b, m, 1)])))
+    scale = draw(st.sampled_from([{}, {"beta": 0.5, "alpha": 2.0}]))
+    return aten.baddbmm.default, (bias, real(b, m, k), real(b, k, n)), scale
+
+
 def pointwise_binary(op: Any) -> Callable[[Draw], Call]:
     def call(draw: Draw) -> Call:
         shape = shape_of(draw)
@@ -757,6 +764,7 @@ CALLS: dict[object, Callable[[Draw], Call]] = {
     aten.mm: mm,
     aten.bmm: bmm,
     aten.addmm: addmm,
+    aten.baddbmm: baddbmm,
     aten.mv: lambda d: (aten.mv.default, ((x := real(*shape_of(d, 2))), real(x.shape[1])), {}),
     aten.dot: lambda d: (aten.dot.default, ((x := real(*shape_of(d, 1))), real(len(x))), {}),
     # index
