@@ -491,6 +491,7 @@ def analyze_axes(graph: Graph, find_rule: Callable[[Node], Rule | None]) -> Axes
             facts.record(node, OpAxes(call.all_fresh()))
             continue
         rule = find_rule(node)
+        twice = _operands_with_an_axis_twice(call)
         try:
             op = rule(call) if rule is not None else None
         except RolesMeet as meeting:
@@ -502,6 +503,7 @@ def analyze_axes(graph: Graph, find_rule: Callable[[Node], Rule | None]) -> Axes
             op = _checked(call, op)
         if op is not None:
             call.cuts += _cut_where_an_axis_comes_twice(call, op)
+            call.cuts += _cut_where_an_operand_gets_one_twice(call, twice)
             op = _understood(call, op)
         facts.cuts += call.cuts
         facts.record(node, op or OpAxes(call.all_fresh(), opaque=True))
@@ -552,6 +554,29 @@ def _cut_where_roles_meet(call: OpCall, axes: tuple[int, int]) -> list[Cut]:
             if axis in product:
                 found.append((axis in call.table.copies, Cut(call.node, operand, dim)))
     return [max(found, key=lambda f: f[0])[1]] if found else []
+
+
+def _operands_with_an_axis_twice(call: OpCall) -> set[tuple[Node, int]]:
+    found: set[tuple[Node, int]] = set()
+    for operand in call.node.all_input_nodes:
+        for dims in call.output_dims(operand):
+            flat = [a for product in dims or () for a in call.table.resolve(product)]
+            found |= {(operand, axis) for axis in flat if flat.count(axis) > 1}
+    return found
+
+
+def _cut_where_an_operand_gets_one_twice(call: OpCall, before: set[tuple[Node, int]]) -> list[Cut]:
+    """Scores whose keys were cut and padded (an attention sink) have an unknown axis there, until
+    the values say that it is the tokens: these need the copy."""
+    found: list[Cut] = []
+    for twice, axis in _operands_with_an_axis_twice(call) - before:
+        for operand in call.node.all_input_nodes:
+            if operand is not twice:
+                dims = call.dims(operand)
+                at = [i for i, p in enumerate(dims) if axis in call.table.resolve(p)]
+                if len(at) == 1:
+                    found.append(Cut(call.node, operand, at[0]))
+    return found
 
 
 def _cut_where_an_axis_comes_twice(call: OpCall, op: OpAxes) -> list[Cut]:

@@ -235,6 +235,8 @@ class RegionFinder:
     def _may_seed(self, node: Node) -> bool:
         if nbytes(node.meta.get("val")) < self.min_bytes or rules.is_view(node):
             return False
+        if packet_of(node) is torch.ops.aten.scatter:
+            return False  # a gradient of picked values: nearly nothing, and all is wide beside that
         return node not in self.tangent or node not in self.outputs  # a gradient has to be whole
 
     def _region_of(self, seed: Node) -> Region | None:
@@ -281,8 +283,14 @@ class RegionFinder:
 
     def _grow(self, seed: Node, split: _Split, threshold: float) -> Region | Refusal:
         wide = self._flood(seed, split, threshold)
+        attempt = self._shape(seed, wide, split)
+        if isinstance(attempt, Refusal):
+            self.hopeless |= {(n, split.axis) for n in wide}
+        return attempt
+
+    def _shape(self, seed: Node, wide: set[Node], split: _Split) -> Region | Refusal:
+        """The region that is left of what was flooded."""
         region = set(wide)
-        self.hopeless |= {(n, split.axis) for n in wide}
         for node in wide:
             region |= {u for u in node.users if u.op == "call_function" and self._joins(u, split)}
         obstacle = self._close(region, seed, split)

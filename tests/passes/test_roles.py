@@ -58,12 +58,17 @@ MASKS = [window, padding, only_padding, documents, distance]
 
 
 class Layer(nn.Module):
-    def __init__(self, mask: Mask, *, written_out: bool = False, groups: int = 1) -> None:
+    """Attention; with a `sink`, every query may also look at nothing (GPT-OSS)."""
+
+    def __init__(
+        self, mask: Mask, *, written_out: bool = False, groups: int = 1, sink: bool = False
+    ) -> None:
         super().__init__()
         self.q = nn.Linear(SIZE, SIZE)
         self.kv = nn.Linear(SIZE, 2 * SIZE // groups)
         self.out = nn.Linear(SIZE, SIZE)
         self.mask, self.written_out, self.groups = mask, written_out, groups
+        self.sink = nn.Parameter(torch.randn(HEADS)) if sink else None
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         q = self.q(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
@@ -74,10 +79,17 @@ class Layer(nn.Module):
         if self.written_out:
             scores = q @ k.transpose(-1, -2) * 0.3
             scores = scores.masked_fill(~mask, -1e9) if mask.dtype is torch.bool else scores + mask
-            mixed = scores.softmax(-1) @ v
+            mixed = self.probabilities(scores) @ v
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return x + self.out(mixed.transpose(1, 2).flatten(2))
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        if self.sink is None:
+            return scores.softmax(-1)
+        sink = self.sink.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        both = torch.cat([scores, sink], dim=-1)
+        return (both - both.max(-1, keepdim=True).values).softmax(-1)[..., :-1]
 
 
 class Model(nn.Module):
@@ -126,6 +138,18 @@ def test_the_same_gradients(mask: Mask, written_out: bool) -> None:
     found = gradients(model, torch.compile(model, backend="mst", options=OPTIONS), x, data)
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
     assert loops_along(131) >= 2, str(mstc.last_report())
+
+
+@pytest.mark.parametrize("length", [96, 131])
+def test_sinks(length: int) -> None:
+    """Padded scores are cut to the keys: only the values say that these are tokens."""
+    torch.manual_seed(1)
+    model = Model(window, written_out=True, sink=True).double()
+    x, data = inputs(length)
+    wanted = gradients(model, model, x, data)
+    found = gradients(model, torch.compile(model, backend="mst", options=OPTIONS), x, data)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    assert loops_along(length) >= 2, str(mstc.last_report())
 
 
 @pytest.mark.parametrize("written_out", [False, True], ids=["fused", "written-out"])
