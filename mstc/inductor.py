@@ -57,6 +57,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv  # symbolic sizes of a body
 from torch.fx.graph import _BoxedCodeGen  # frees dead intermediates
 
+from mstc.repairs import mend
+
 __all__ = [
     "CompiledBody",
     "CustomGraphPass",
@@ -243,6 +245,7 @@ def compile_body(
     Raises:
         whatever Inductor raises.
     """
+    mend()
     shape_env = ShapeEnv()
     mode = FakeTensorMode(shape_env=shape_env)
     open_sizes: dict[int, Any] = {}
@@ -311,6 +314,7 @@ def compile_outer(
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph with Inductor, with `graph_pass` run on its joint (or inference)
     graph."""
+    mend()
     patches = dict(config)
     if graph_pass is not None:
         patches["joint_custom_pre_pass"] = graph_pass

@@ -1,0 +1,38 @@
+"""Errors of PyTorch that make gradients wrong without a word, mended for the whole process.
+
+Each is mended such that nothing happens where PyTorch has mended it itself.
+
+Atomic additions in tiles of two dims (C++, more than one thread; seen in torch 2.13)
+    Where the values of an ``index_put(accumulate=True)`` lie transposed, the kernel runs over tiles
+    and adds the tile's inner counter to the index: once in `CppTile2DKernel.store`, and once more
+    where the vector of indices is made from that. Rows are then added to where they do not belong.
+    Seen in multi-query attention that takes its keys out of one projection by a list
+    (``qkv[..., [-2], :]``, Falcon): 6 % of the gradient of the projection.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+from torch._inductor.codegen.cpp import CppTile2DKernel
+
+
+def mend() -> None:
+    """Apply all repairs; a second call changes nothing."""
+    _add_the_inner_counter_once()
+
+
+def _add_the_inner_counter_once() -> None:
+    kernel: Any = CppTile2DKernel
+    transform = getattr(kernel, "transform_indexing", None)
+    if transform is None or hasattr(transform, "mended_by_mstc"):
+        return
+
+    def transform_once(self: Any, index: sympy.Expr) -> sympy.Expr:
+        if self.inner_itervar() in getattr(index, "free_symbols", ()):
+            return index
+        return transform(self, index)
+
+    transform_once.mended_by_mstc = True  # type: ignore[attr-defined]
+    kernel.transform_indexing = transform_once
