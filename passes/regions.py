@@ -237,6 +237,8 @@ class RegionFinder:
             return False
         if packet_of(node) is torch.ops.aten.scatter:
             return False  # a gradient of picked values: nearly nothing, and all is wide beside that
+        if packet_of(node) is torch.ops.prims.convert_element_type:
+            return False  # logits.float(): twice the bytes, but what made them wide is the product
         return node not in self.tangent or node not in self.outputs  # a gradient has to be whole
 
     def _region_of(self, seed: Node) -> Region | None:
