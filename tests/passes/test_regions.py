@@ -222,3 +222,47 @@ def test_the_axis_that_keeps_most_inside():
     assert axes.dims(w)[1] == (first.axis,)
     assert axes.dims(x)[0] == (best.axis,)
     assert best.inside_bytes > first.inside_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_cast_seeds_nothing(dtype: torch.dtype):
+    """``logits.float()`` is twice as wide as the logits: these would stay outside of its region."""
+
+    def loss(x: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy((x @ head).float(), labels)
+
+    x, head = (t.detach().to(dtype).requires_grad_() for t in (leaf(12, 4), leaf(4, 96)))
+    graph = joint(loss, x, head, torch.randint(96, (12,)))
+    (region,), _, _ = found(graph, min_bytes=12 * 96)
+    assert region.seed.target is aten.mm.default
+    products = [n for n in graph.nodes if n.target is aten.mm.default]
+    assert len(products) == 3
+    assert set(products) <= region.nodes
+
+
+def test_picked_gradients_seed_nothing():
+    """The backward of ``max`` writes next to nothing into a wide tensor."""
+
+    def loss(x: Tensor, head: Tensor) -> Tensor:
+        wide = x @ head
+        wide = torch.cat([wide, x[:, :1]], dim=-1)  # one column more: the widest
+        return (wide - wide.max(-1, keepdim=True).values).exp().sum()
+
+    regions, _, _ = found(joint(loss, leaf(12, 4), leaf(4, 96)), min_bytes=12 * 96)
+    assert {r.seed.target for r in regions} == {aten.mm.default}
+
+
+def test_what_a_region_drops_may_seed_another():
+    """One mask in two layers: the flood from the first reaches the second, which a path through the
+    rest of the network keeps out."""
+
+    def loss(x: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        mask = torch.cat([x.detach() * 0.1] * 24, dim=-1).sin()
+        y = x + F.relu(x @ a + mask) @ b
+        y = y / y.norm(dim=0)  # no loop along the rows goes through here
+        return (F.relu(y @ c + mask) @ d).sum()
+
+    shapes = [(12, 4), (4, 96), (96, 4), (4, 96), (96, 4)]
+    regions, _, _ = found(joint(loss, *(leaf(*s) for s in shapes)), min_bytes=12 * 96)
+    assert len(regions) == 2
+    assert len({r.axis for r in regions}) == 1
