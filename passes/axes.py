@@ -348,6 +348,7 @@ class Axes:
         self._dims: dict[Node, tuple[Dims | None, ...]] = {}
         self._ops: dict[Node, OpAxes] = {}
         self.cuts: list[Cut] = []
+        self.late_cuts: list[Cut] = []  # may come to nothing once `cuts` are made
         self._frozen = False
         self._axes: dict[Node, tuple[int, ...]] = {}
         self._roles: dict[tuple[Node, int], Role] = {}
@@ -503,7 +504,7 @@ def analyze_axes(graph: Graph, find_rule: Callable[[Node], Rule | None]) -> Axes
             op = _checked(call, op)
         if op is not None:
             call.cuts += _cut_where_an_axis_comes_twice(call, op)
-            call.cuts += _cut_where_an_operand_gets_one_twice(call, twice)
+            facts.late_cuts += _cut_where_an_operand_gets_one_twice(call, twice)
             op = _understood(call, op)
         facts.cuts += call.cuts
         facts.record(node, op or OpAxes(call.all_fresh(), opaque=True))
@@ -569,7 +570,10 @@ def _cut_where_an_operand_gets_one_twice(call: OpCall, before: set[tuple[Node, i
     """Scores whose keys were cut and padded (an attention sink) have an unknown axis there, until
     the values say that it is the tokens: these need the copy."""
     found: list[Cut] = []
+    known = {axis for _, axis in before}
     for twice, axis in _operands_with_an_axis_twice(call) - before:
+        if axis in known:
+            continue  # taken over from an operand that has it twice
         for operand in call.node.all_input_nodes:
             if operand is not twice:
                 dims = call.dims(operand)

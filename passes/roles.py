@@ -13,6 +13,8 @@ Algorithm, until nothing needs to be cut
        by comparison of positions): cut the operand of the last such dim.
     3. An op that would unify a copy with what it is a copy of (the gradient of the keys meets
        something of the tokens again): cut the operand that has one of both.
+    4. Where none of these is left: an op because of which an operand has an axis twice (scores with
+       a sink, cut to the keys again, times the values): cut the other operand.
 If that does not come to an end, the graph stays uncut, and such values stay whole, as refusals say.
 
 Cuts are for the analysis only: `join` takes them out of the finished graph.
@@ -53,8 +55,11 @@ def separate(graph: Graph, *, min_bytes: int) -> tuple[Graph, Axes]:
     uncut = axes = analyze_axes(graph, find_rule)
     current = graph
     for _ in range(_ROUNDS):
-        cuts = [c for c in axes.cuts if _worth_it(c.reader, min_bytes)]
-        if not cuts:
+        for wanted in (axes.cuts, axes.late_cuts):
+            cuts = [c for c in wanted if _worth_it(c.reader, min_bytes)]
+            if cuts:
+                break
+        else:
             return current, axes
         current = _with_cuts(current, {(c.reader, c.operand): c.dim for c in cuts})
         axes = analyze_axes(current, find_rule)

@@ -140,6 +140,31 @@ def test_the_same_gradients(mask: Mask, written_out: bool) -> None:
     assert loops_along(131) >= 2, str(mstc.last_report())
 
 
+class OneKey(Layer):
+    """One key and value for all heads, stretched by attention itself (Falcon)."""
+
+    def __init__(self, mask: Mask, **options: bool | int) -> None:
+        super().__init__(mask, groups=HEADS)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        k, v = (y[:, None] for y in self.kv(x).chunk(2, dim=-1))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return x + self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def test_one_key_for_all_heads() -> None:
+    """Its softmax asks for rows that are masked as a whole; that needs no copies of the tokens."""
+    torch.manual_seed(1)
+    model = Model(window).double()
+    model.layers = nn.ModuleList([OneKey(window).double() for _ in range(2)])
+    x, data = inputs(131)
+    wanted = gradients(model, model, x, data)
+    found = gradients(model, torch.compile(model, backend="mst", options=OPTIONS), x, data)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    assert loops_along(131) >= 2, str(mstc.last_report())
+
+
 @pytest.mark.parametrize("length", [96, 131])
 def test_sinks(length: int) -> None:
     """Padded scores are cut to the keys: only the values say that these are tokens."""
