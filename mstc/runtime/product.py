@@ -4,7 +4,8 @@ Three ways, the best that the device has:
 
     accumulate  ``addmm`` with ``out_dtype``: added in the buffer's precision, in place.
     multiply    ``mm`` with ``out_dtype``, then an addition: one more buffer of the product's size.
-    cast        the operands are widened first: works everywhere.
+    cast        the operands are widened first, the left one a block of rows at a time (it may be
+                the gradient of a chunk's logits): works everywhere.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+_BLOCK_BYTES = 2**20  # of a widened left operand: stays in the cache of a core
 
 Way = Literal["accumulate", "multiply", "cast"]
 
@@ -47,8 +50,15 @@ def _multiply(buffer: Tensor | None, left: Tensor, right: Tensor, dtype: torch.d
 
 
 def _cast(buffer: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    left, right = left.to(dtype), right.to(dtype)
-    return torch.mm(left, right) if buffer is None else buffer.addmm_(left, right)
+    right = right.to(dtype)
+    keep = 0 if buffer is None else 1
+    if buffer is None:
+        buffer = right.new_empty(left.shape[0], right.shape[1])
+    rows = max(_BLOCK_BYTES // max(left.shape[1] * dtype.itemsize, 1), 1)
+    for start in range(0, left.shape[0], rows):
+        block = buffer[start : start + rows]
+        block.addmm_(left[start : start + rows].to(dtype), right, beta=keep)
+    return buffer
 
 
 _WAYS = {"accumulate": _accumulate, "multiply": _multiply, "cast": _cast}

@@ -29,6 +29,13 @@ def test_no_product_is_rounded(device: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(buffer.cpu().double(), total, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("block", [1, 100, 2**20])
+def test_operands_are_widened_in_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "best_way", lambda *_: "cast")
+    monkeypatch.setattr(product, "_BLOCK_BYTES", block)
+    test_no_product_is_rounded("cpu", torch.bfloat16)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("way", ["accumulate", "multiply", "cast"])
 def test_every_way_on_a_gpu(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
