@@ -62,8 +62,7 @@ _TEXT = 700  # characters of an error that are kept
 def row(job: dict[str, Any]) -> dict[str, Any]:
     """One architecture in one mode."""
     begin = time.perf_counter()
-    with quiet.working():
-        found = _compile_and_compare(job)
+    found = _compile_and_compare(job)
     if not isinstance(found, _Compiled):
         return found
     with quiet.alone():
@@ -275,7 +274,7 @@ def _is_wanted(record: dict[str, Any] | None, options: argparse.Namespace) -> bo
 def _measured(job: dict[str, Any], kernels: Path) -> dict[str, Any]:
     try:
         return measure.run_fresh(
-            "benchmarks.coverage", job, timeout_s=_ROW_TIMEOUT_S, kernels=kernels
+            "benchmarks.coverage", job, timeout_s=_ROW_TIMEOUT_S, kernels=kernels, share=True
         )
     except measure.WorkerFailed as problem:
         return {"failed": _shortened(str(problem)[-_TEXT:])}

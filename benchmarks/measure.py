@@ -44,12 +44,13 @@ def run_fresh(
     show: bool = False,
     timeout_s: float = 3600,
     kernels: Path | None = None,
+    share: bool = False,
 ) -> dict[str, Any]:
     """Run `python -m module --worker job.json result.json` with cold compile caches.
 
     `show` lets the worker write to our stdout (its progress); warnings on stderr stay unseen. Into
     `kernels`, a folder, go Inductor's C++ kernels, which it finds again by their source: compile
-    times are then not cold.
+    times are then not cold. With `share`, the worker begins at work (see benchmarks/quiet.py).
     """
     with tempfile.TemporaryDirectory(prefix="mstc-bench-") as folder:
         job_path, result_path = Path(folder, "job.json"), Path(folder, "result.json")
@@ -59,7 +60,8 @@ def run_fresh(
             "TRITON_CACHE_DIR": str(Path(folder, "triton")),
             **(_GRAPHS_ANEW if kernels else _ALL_ANEW),
         }
-        command = [sys.executable, "-m", module, "--worker", str(job_path), str(result_path)]
+        at_work = ["-m", "benchmarks.quiet", module] if share else ["-m", module]
+        command = [sys.executable, *at_work, "--worker", str(job_path), str(result_path)]
         try:
             done = subprocess.run(
                 command,
