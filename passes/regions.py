@@ -49,7 +49,7 @@ from passes.axes import Axes
 from passes.generated import NARROW, RATIO, is_cheap
 from passes.liveness import output_nodes, tangent_nodes
 from passes.records import Refusal, Region
-from passes.source import hint, nbytes, op_name, packet_of, source_of
+from passes.source import elements, hint, nbytes, op_name, packet_of, source_of
 
 AMPLIFY = 1.25  # a seed is at least this much wider than what it is made from
 _MUCH = 3  # times what leaves, a region pays even if what leaves is as wide as the seed
@@ -88,6 +88,18 @@ def _keeps_values(node: Node) -> bool:
     return bool(node.all_input_nodes) and (
         rules.is_view(node)
         or packet in (torch.ops.prims.convert_element_type, torch.ops.aten.clone)
+    )
+
+
+def _only_widens_its_type(node: Node) -> bool:
+    """``logits.float()``, ``scores + mask``: more bytes, but what made them wide came before. (Not
+    so a mask of numbers that is made of a mask of bits.)"""
+    own = elements(node.meta["val"])
+    return rules.is_pointwise(node) and any(
+        isinstance(value := i.meta.get("val"), torch.Tensor)
+        and value.is_floating_point()
+        and elements(value) == own
+        for i in node.all_input_nodes
     )
 
 
@@ -237,8 +249,6 @@ class RegionFinder:
             return False
         if packet_of(node) is torch.ops.aten.scatter:
             return False  # a gradient of picked values: nearly nothing, and all is wide beside that
-        if packet_of(node) is torch.ops.prims.convert_element_type:
-            return False  # logits.float(): twice the bytes, but what made them wide is the product
         return node not in self.tangent or node not in self.outputs  # a gradient has to be whole
 
     def _region_of(self, seed: Node) -> Region | None:
@@ -259,6 +269,8 @@ class RegionFinder:
             threshold = AMPLIFY * base
             if split.is_generated(seed):  # made from next to nothing: compared to itself
                 threshold = max(threshold, split.width(seed) / NARROW)
+            elif _only_widens_its_type(seed):
+                continue
             if threshold == 0:
                 continue
             hopeless = set(self.hopeless) if self.all_axes else self.hopeless

@@ -224,12 +224,19 @@ def test_the_axis_that_keeps_most_inside():
     assert best.inside_bytes > first.inside_bytes
 
 
+WIDENED: dict[str, Callable[[Tensor], Tensor]] = {
+    "cast": lambda logits: logits.float(),
+    "sum with a wider type": lambda logits: logits + torch.linspace(0, 1, logits.shape[-1]),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_cast_seeds_nothing(dtype: torch.dtype):
+@pytest.mark.parametrize("widened", WIDENED.values(), ids=WIDENED.keys())
+def test_a_wider_type_seeds_nothing(dtype: torch.dtype, widened: Callable[[Tensor], Tensor]):
     """``logits.float()`` is twice as wide as the logits: these would stay outside of its region."""
 
     def loss(x: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy((x @ head).float(), labels)
+        return F.cross_entropy(widened(x @ head), labels)
 
     x, head = (t.detach().to(dtype).requires_grad_() for t in (leaf(12, 4), leaf(4, 96)))
     graph = joint(loss, x, head, torch.randint(96, (12,)))
