@@ -90,19 +90,24 @@ grouped_mm = torch.ops.mst.grouped_mm.default
 
 
 def replace_grouped(gm: GraphModule) -> int:
-    """Put `grouped_mm` in place of its equivalents in a Dynamo graph, in place.
+    """Put `grouped_mm` in place of its equivalents in a Dynamo graph and in the graphs that it
+    calls (checkpointed layers), in place.
 
     Returns:
         the number of calls that were replaced.
     """
-    replaced = 0
-    for node in gm.graph.nodes:
-        if node.op == "call_function" and str(packet_of(node) or node.target) in _NAMES:
+    total = 0
+    for module in gm.modules():
+        if not isinstance(module, GraphModule):
+            continue
+        calls = (n for n in module.graph.nodes if n.op == "call_function")
+        found = [n for n in calls if str(packet_of(n) or n.target) in _NAMES]
+        for node in found:
             node.target = grouped_mm
-            replaced += 1
-    if replaced:
-        gm.recompile()
-    return replaced
+        if found:
+            module.recompile()
+        total += len(found)
+    return total
 
 
 _NAMES = {name.replace("::", ".") for name in EQUIVALENT}  # as str(OpOverloadPacket) has them

@@ -273,10 +273,14 @@ def test_hugging_face(name: str) -> None:
 @NON_LEAF
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize("name", MIXTURES)
-@pytest.mark.parametrize("autocast", [False, True])
-def test_hugging_face_in_float32(name: str, autocast: bool) -> None:
+@pytest.mark.parametrize("mode", ["plain", "autocast", "checkpoint"])
+def test_hugging_face_in_float32(name: str, mode: str) -> None:
     """The library's own product cannot be traced backward, so its graph would break; ours can."""
     model = mixture(name)
+    autocast = mode == "autocast"
+    if mode == "checkpoint":
+        model.config.use_cache = False
+        model.gradient_checkpointing_enable()
     ids = tokens(2, 117, vocab=160)
     batch = {"input_ids": ids, "labels": ids}
 
@@ -289,6 +293,10 @@ def test_hugging_face_in_float32(name: str, autocast: bool) -> None:
 
     theirs = step(model)
     ours = step(compile_mst(model, chunk_rows=40))
-    assert_looped("mst.grouped_mm")
+    graphs = [g for r in reports() for g in r.graphs if g.kind == "training"]
+    if name != "Mixtral":  # whose load balancing (``bincount``) breaks the graph
+        assert len(graphs) == 1
+    if mode != "checkpoint":  # in recomputed layers experts stay whole
+        assert_looped("mst.grouped_mm")
     errors = ours.error(theirs)
     assert max(errors.values()) < (3e-2 if autocast else 2e-5), errors
