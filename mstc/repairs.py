@@ -12,21 +12,23 @@ Atomic additions in tiles of two dims (C++, more than one thread; seen in torch 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import sympy
 from torch._inductor.codegen.cpp import CppTile2DKernel
 
 
+@functools.cache
 def mend() -> None:
-    """Apply all repairs; a second call changes nothing."""
+    """Apply all repairs, once per process."""
     _add_the_inner_counter_once()
 
 
 def _add_the_inner_counter_once() -> None:
     kernel: Any = CppTile2DKernel
     transform = getattr(kernel, "transform_indexing", None)
-    if transform is None or hasattr(transform, "mended_by_mstc"):
+    if transform is None:
         return
 
     def transform_once(self: Any, index: sympy.Expr) -> sympy.Expr:
@@ -34,5 +36,4 @@ def _add_the_inner_counter_once() -> None:
             return index
         return transform(self, index)
 
-    transform_once.mended_by_mstc = True  # type: ignore[attr-defined]
     kernel.transform_indexing = transform_once

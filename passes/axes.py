@@ -559,6 +559,8 @@ def _cut_where_roles_meet(call: OpCall, axes: tuple[int, int]) -> list[Cut]:
 
 def _operands_with_an_axis_twice(call: OpCall) -> set[tuple[Node, int]]:
     found: set[tuple[Node, int]] = set()
+    if len(call.node.all_input_nodes) < 2:
+        return found  # nothing that one could take from another
     for operand in call.node.all_input_nodes:
         for dims in call.output_dims(operand):
             flat = [a for product in dims or () for a in call.table.resolve(product)]
