@@ -1,5 +1,6 @@
 """The passes, in order: graph -> facts -> plan -> graph.
 
+    copies    ops read a tensor itself, no `detach` of it                         `passes.copies`
     causal    masks that are proven causal leave attention                        `passes.causal`
     counted   random numbers become functions of a seed and their positions       `passes.counted`
     shift     cuts of wide values move to what these are made from                `passes.shift`
@@ -30,6 +31,7 @@ from torch.fx import Graph
 
 from passes.aliases import refresh_views, separate_twins
 from passes.causal import drop_causal_masks
+from passes.copies import drop_other_names
 from passes.counted import count_random_numbers
 from passes.generated import remake_generated
 from passes.layout import LayoutError, keep_strides
@@ -66,6 +68,7 @@ def run_passes(
         observe: called after each pass with its name and its result.
     """
     original = graph
+    graph = drop_other_names(graph)
     graph, rewrites = drop_causal_masks(graph, min_bytes=min_region_bytes)
     observe("causal", rewrites)
     if count_random:

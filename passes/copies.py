@@ -6,7 +6,11 @@ the caller.
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Graph, Node
+
+aten = torch.ops.aten
+_OTHER_NAMES = (aten.detach.default, aten.alias.default)
 
 
 def copy_graph(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
@@ -16,3 +20,28 @@ def copy_graph(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
     for node in graph.nodes:
         copied[node] = new.node_copy(node, copied.__getitem__)
     return new, copied
+
+
+def drop_other_names(graph: Graph) -> Graph:
+    """A graph whose ops read a tensor itself and no `detach` or `alias` of it; `graph` itself if
+    there is nothing to drop.
+
+    Checkpointed layers are traced with many. Two things hide behind them: that a value is a
+    constant, which is to be made by each of its readers, and that two ops read the same value.
+    What the graph returns stays: autograd has yet to see that it is detached.
+    """
+    names = [
+        n
+        for n in graph.nodes
+        if n.target in _OTHER_NAMES and any(user.op != "output" for user in n.users)
+    ]
+    if not names:
+        return graph
+    new, copied = copy_graph(graph)
+    for node in names:
+        name = copied[node]
+        whole = name.all_input_nodes[0]
+        name.replace_all_uses_with(whole, lambda user: user.op != "output")
+        if not name.users:
+            new.erase_node(name)
+    return new

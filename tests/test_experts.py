@@ -296,7 +296,7 @@ def test_hugging_face_in_float32(name: str, mode: str) -> None:
     graphs = [g for r in reports() for g in r.graphs if g.kind == "training"]
     if name != "Mixtral":  # whose load balancing (``bincount``) breaks the graph
         assert len(graphs) == 1
-    if mode != "checkpoint":  # in recomputed layers experts stay whole
+    if (name, mode) != ("Mixtral", "checkpoint"):  # behind that break Dynamo leaves the layers out
         assert_looped("mst.grouped_mm")
     errors = ours.error(theirs)
     assert max(errors.values()) < (3e-2 if autocast else 2e-5), errors
