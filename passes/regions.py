@@ -187,6 +187,14 @@ class _Split:
             self._widths[node] = sum(map(nbytes, values)) / self.length
         return self._widths[node]
 
+    def width_as(self, node: Node, other: Node) -> float:
+        """The width that the value would have if its floating-point type were at least as wide as
+        another's: what is converted to a narrower type is no less of the same."""
+        value, like = node.meta.get("val"), other.meta["val"]
+        if not (isinstance(value, torch.Tensor) and value.is_floating_point()):
+            return self.width(node)
+        return self.width(node) * max(1, like.element_size() / value.element_size())
+
     def origin(self, node: Node) -> float:
         """The width of what a value is made from, if that is much narrower and the way cheap; else
         its own."""
@@ -343,7 +351,7 @@ class RegionFinder:
             node = stack.pop()
             if node in wide or node.op != "call_function" or node in self.taken:
                 continue
-            if not split.is_split(node) or split.width(node) < threshold:
+            if not split.is_split(node) or split.width_as(node, seed) < threshold:
                 continue
             if generated and not split.is_generated(node):
                 continue

@@ -247,6 +247,18 @@ def test_a_wider_type_seeds_nothing(dtype: torch.dtype, widened: Callable[[Tenso
     assert set(products) <= region.nodes
 
 
+def test_a_narrower_type_ends_nothing():
+    """Under autocast a wide value goes on in half the bytes: no wider than what it is made from,
+    by bytes."""
+
+    def fn(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return F.relu((x @ up).bfloat16()) @ down
+
+    inputs = torch.randn(10, 4), torch.randn(4, 8), torch.randn(8, 4).bfloat16()
+    (region,), _, _ = found(trace(fn, *inputs))
+    assert names(region.nodes) == ["mm", "_to_copy", "relu", "mm_1"]
+
+
 def test_picked_gradients_seed_nothing():
     """The backward of ``max`` writes next to nothing into a wide tensor."""
 
