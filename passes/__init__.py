@@ -80,7 +80,13 @@ def run_passes(
     observe("generated", graph)
     graph, axes = separate(graph, min_bytes=min_region_bytes)
     observe("axes", axes)
-    regions, refusals = find_regions(graph, axes, min_bytes=min_region_bytes, all_axes=all_axes)
+    regions, refusals = find_regions(
+        graph,
+        axes,
+        min_bytes=min_region_bytes,
+        min_rows=options.chunk_rows or options.min_rows,
+        all_axes=all_axes,
+    )
     observe("regions", (regions, refusals))
     planned = make_plan(
         Facts(original, graph, rewrites, axes, regions, refusals),

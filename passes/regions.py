@@ -10,7 +10,8 @@ Terms
     convex        no path leaves the forward (or the backward) part and enters it again, so the part
                   can run as one step.
 
-Algorithm, for every seed, widest first, and every axis of it, fewest weights first
+Algorithm, for every seed, widest first, and every axis of it, fewest weights first; of these the
+outermost that is fine enough, whose slices are contiguous, then the longest
     1. Flood from the seed through wide nodes that are split along the axis, forward and backward
        nodes alike.
     2. Add the consumers of wide nodes: where values get small again, or become sums over the axis
@@ -37,7 +38,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import networkx as nx
 import sympy
@@ -46,13 +46,15 @@ from torch.fx import Graph, Node
 
 from passes import rules
 from passes.axes import Axes
-from passes.generated import NARROW, RATIO, is_cheap
+from passes.generated import NARROW
 from passes.liveness import output_nodes, tangent_nodes
 from passes.records import Refusal, Region
 from passes.source import elements, hint, nbytes, op_name, packet_of, source_of
+from passes.split import Split
 
 AMPLIFY = 1.25  # a seed is at least this much wider than what it is made from
 _MUCH = 3  # times what leaves, a region pays even if what leaves is as wide as the seed
+_FINE = 1.25  # times `min_rows`, the rows of one position up to which an axis is fine enough
 _LOOKAHEAD = (
     8  # nodes that may be absorbed together because the last of them makes the output smaller
 )
@@ -103,6 +105,13 @@ def _only_widens_its_type(node: Node) -> bool:
     )
 
 
+def _bytes_in_float32(value: object) -> float:
+    """As many as the value would have without a narrower type: a model has the same regions in any
+    precision."""
+    narrow = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return nbytes(value) * (max(1, 4 / value.element_size()) if narrow else 1)
+
+
 def symbol_hints(graph: Graph) -> dict[sympy.Basic, sympy.Integer]:
     """The hint of every size symbol that an input of the graph carries."""
     found: dict[sympy.Basic, sympy.Integer] = {}
@@ -116,108 +125,20 @@ def symbol_hints(graph: Graph) -> dict[sympy.Basic, sympy.Integer]:
     return found
 
 
-@dataclass
-class _Split:
-    """The state of all nodes along one loop axis."""
-
-    axes: Axes
-    axis: int
-    length: int
-
-    def __post_init__(self) -> None:
-        self._known: dict[Node, str] = {}
-        self._widths: dict[Node, float] = {}
-        self._origins: dict[Node, float] = {}
-
-    def status(self, node: Node) -> str:
-        """``whole`` (does not touch the axis), ``split``, ``partial``, ``tally`` (counts that a
-        chunk may use for itself), or why it cannot be chunked."""
-        if node not in self._known:
-            self._known[node] = self._status(node)
-        return self._known[node]
-
-    def _status(self, node: Node) -> str:
-        role = self.axes.role(node, self.axis)
-        if role == "absent" or (rules.is_creation(node) and not node.all_input_nodes):
-            return "whole"  # a constant is made wherever it is read
-        if self.axes.is_opaque(node):
-            return f"{op_name(node)} has no rule for the loop axis"
-        if role == "entangled" and node.target is rules.shape.cut:
-            return "attention reads these positions as keys, all of them for every query"
-        if role == "entangled":
-            return f"{op_name(node)} mixes positions of the loop axis"
-        if any(n > 1 for i in self.axes.operands(node) for n in self._counts(i)):
-            return f"{op_name(node)} reads a tensor that has the loop axis twice"
-        counts = self._counts(node)
-        if role == "sum":
-            return (
-                "partial"
-                if not any(counts)
-                else f"{op_name(node)} sums over the loop axis and keeps it"
-            )
-        if role == "tally" and not any(counts):
-            return "tally"
-        if any(n != 1 and not self._sums(node, i, n) for i, n in enumerate(counts)):
-            return f"{op_name(node)} drops the loop axis, or has it twice"
-        return "split"
-
-    def _sums(self, node: Node, output: int, count: int) -> bool:
-        """Whether one of several outputs is a sum over the axis."""
-        partial = self.axes.partial(node, output)
-        return count == 0 and any(self.axis in product for product in partial)
-
-    def _counts(self, node: Node) -> list[int]:
-        """How often each of a node's output tensors has the axis, in its own order or another."""
-        outputs, carriers = self.axes.output_dims(node), self.axes.carriers(self.axis)
-        return [sum(a in carriers for p in d for a in p) for d in outputs if d is not None]
-
-    def is_relative(self, node: Node) -> bool:
-        """Whether the value is a chunk's own: outside the loop it says nothing."""
-        return self.axes.is_relative(node, self.axis)
-
-    def is_split(self, node: Node) -> bool:
-        if node.op == "placeholder":
-            return self.axes.axes(node).count(self.axis) == 1
-        return node.op == "call_function" and self.status(node) == "split"
-
-    def width(self, node: Node) -> float:
-        if node not in self._widths:
-            value = node.meta.get("val")
-            values = value if isinstance(value, (tuple, list)) else (value,)
-            self._widths[node] = sum(map(nbytes, values)) / self.length
-        return self._widths[node]
-
-    def width_as(self, node: Node, other: Node) -> float:
-        """The width that the value would have if its floating-point type were at least as wide as
-        another's: what is converted to a narrower type is no less of the same."""
-        value, like = node.meta.get("val"), other.meta["val"]
-        if not (isinstance(value, torch.Tensor) and value.is_floating_point()):
-            return self.width(node)
-        return self.width(node) * max(1, like.element_size() / value.element_size())
-
-    def origin(self, node: Node) -> float:
-        """The width of what a value is made from, if that is much narrower and the way cheap; else
-        its own."""
-        if node not in self._origins:
-            own = self._origins[node] = self.width(node)
-            if is_cheap(node):
-                made = sum(
-                    self.origin(i) if self.is_split(i) else self.width(i)
-                    for i in node.all_input_nodes
-                )
-                if made * RATIO <= own:
-                    self._origins[node] = made
-        return self._origins[node]
-
-    def is_generated(self, node: Node) -> bool:
-        return is_cheap(node) and self.origin(node) < self.width(node)
-
-
 class RegionFinder:
     """Finds the regions of one graph; `find` gives them in order of size, and what was refused on
     the way."""
 
-    def __init__(self, graph: Graph, axes: Axes, min_bytes: int, *, all_axes: bool = False) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        axes: Axes,
+        min_bytes: int,
+        *,
+        min_rows: int = 0,
+        all_axes: bool = False,
+    ) -> None:
+        self.min_rows = min_rows
         self.all_axes = all_axes
         self.graph = graph
         self.axes = axes
@@ -228,7 +149,7 @@ class RegionFinder:
         self.outputs = set(output_nodes(graph))
         self.taken: set[Node] = set()
         self.refusals: list[Refusal] = []
-        self.splits: dict[int, _Split] = {}
+        self.splits: dict[int, Split] = {}
         self.hopeless: set[tuple[Node, int]] = (
             set()
         )  # nodes that a failed attempt flooded, and its axis
@@ -240,7 +161,7 @@ class RegionFinder:
 
     def find(self) -> tuple[list[Region], list[Refusal]]:
         regions: list[Region] = []
-        candidates = [n for n in self.graph.nodes if n.op == "call_function" and self._may_seed(n)]
+        candidates = [n for n in self.graph.nodes if n.op == "call_function" and self.may_seed(n)]
         # a table's rows are wide beside their indices wherever they are read: asked last
         for seed in sorted(candidates, key=lambda n: (rules.is_lookup(n), -nbytes(n.meta["val"]))):
             if seed in self.taken:
@@ -252,8 +173,9 @@ class RegionFinder:
         regions.sort(key=lambda r: -r.inside_bytes)
         return regions, self.refusals
 
-    def _may_seed(self, node: Node) -> bool:
-        if nbytes(node.meta.get("val")) < self.min_bytes or rules.is_view(node):
+    def may_seed(self, node: Node) -> bool:
+        """Whether a region may be grown from the node, as far as the node alone tells."""
+        if _bytes_in_float32(node.meta.get("val")) < self.min_bytes or rules.is_view(node):
             return False
         if packet_of(node) is torch.ops.aten.scatter:
             return False  # a gradient of picked values: nearly nothing, and all is wide beside that
@@ -263,12 +185,10 @@ class RegionFinder:
         failure: Refusal | None = None
         best: Region | None = None
         sizes = self.axes.table.sizes
-        candidates = dict.fromkeys(self.axes.table.unpermuted(self.axes.axes(seed)))
-        own = [a for a in candidates if (self._length(a) or 0) > 1]
-        for axis in sorted(own, key=lambda a: (self.weights.get(a, 0), -(self._length(a) or 0))):
+        for axis in self._candidates(seed):
             length = self._length(axis)
             assert length is not None, sizes[axis]
-            split = self.splits.setdefault(axis, _Split(self.axes, axis, length))
+            split = self.splits.setdefault(axis, Split(self.axes, axis, length))
             if (seed, axis) in self.hopeless:
                 continue
             base = sum(split.origin(i) for i in seed.all_input_nodes if split.is_split(i))
@@ -295,6 +215,20 @@ class RegionFinder:
             self.refusals.append(failure)
         return best
 
+    def _candidates(self, seed: Node) -> list[int]:
+        """The axes of a seed, in the order in which they are tried."""
+        found = dict.fromkeys(self.axes.table.unpermuted(self.axes.axes(seed)))  # outermost first
+        own = [a for a in found if (self._length(a) or 0) > 1]
+        value = seed.meta["val"]
+        rows = elements(value) // max(1, hint(value.shape[-1]) or 1) if value.dim() else 1
+
+        def order(axis: int) -> tuple[int, bool, int]:
+            length = self._length(axis) or 1
+            coarse = rows // length > _FINE * self.min_rows
+            return self.weights.get(axis, 0), coarse, -length if coarse else own.index(axis)
+
+        return sorted(own, key=order)
+
     def _length(self, axis: int) -> int | None:
         """The size of an axis, by the hints of its symbols; None where only run time knows."""
         size = self.axes.table.sizes[axis]
@@ -303,14 +237,14 @@ class RegionFinder:
         found = size.xreplace(self.hints)
         return int(found) if isinstance(found, sympy.Integer) else None
 
-    def _grow(self, seed: Node, split: _Split, threshold: float) -> Region | Refusal:
+    def _grow(self, seed: Node, split: Split, threshold: float) -> Region | Refusal:
         wide = self._flood(seed, split, threshold)
         attempt = self._shape(seed, wide, split)
         if isinstance(attempt, Refusal):
             self.hopeless |= {(n, split.axis) for n in wide}
         return attempt
 
-    def _shape(self, seed: Node, wide: set[Node], split: _Split) -> Region | Refusal:
+    def _shape(self, seed: Node, wide: set[Node], split: Split) -> Region | Refusal:
         """The region that is left of what was flooded."""
         region = set(wide)
         for node in wide:
@@ -342,7 +276,7 @@ class RegionFinder:
             inside_bytes=inside,
         )
 
-    def _flood(self, seed: Node, split: _Split, threshold: float) -> set[Node]:
+    def _flood(self, seed: Node, split: Split, threshold: float) -> set[Node]:
         """The wide nodes around a seed; around a generated one, those that it is generated by."""
         generated = split.is_generated(seed)
         wide: set[Node] = set()
@@ -360,7 +294,7 @@ class RegionFinder:
             stack.extend(node.users)
         return wide
 
-    def _joins(self, node: Node, split: _Split) -> bool:
+    def _joins(self, node: Node, split: Split) -> bool:
         return node not in self.taken and split.status(node) in ("split", "partial", "tally")
 
     def _between(self, part: set[Node]) -> set[Node]:
@@ -388,7 +322,7 @@ class RegionFinder:
         before = reach(self.flow.predecessors)
         return (after & before) - part
 
-    def _close(self, region: set[Node], seed: Node, split: _Split) -> Node | None:
+    def _close(self, region: set[Node], seed: Node, split: Split) -> Node | None:
         """Make both parts convex in place; the node that cut the region, if one did."""
         obstacle: Node | None = None
         dropped: set[Node] = set()
@@ -428,7 +362,7 @@ class RegionFinder:
             region -= gone | {n for n in region if gone.intersection(n.all_input_nodes)}
             self._drop_unconnected(region, seed)
 
-    def _may_join(self, node: Node, split: _Split, dropped: set[Node], *also: str) -> bool:
+    def _may_join(self, node: Node, split: Split, dropped: set[Node], *also: str) -> bool:
         if node in dropped or node in self.taken:
             return False
         return split.status(node) in ("split", "tally", *also)
@@ -438,7 +372,7 @@ class RegionFinder:
         known = [n for n in nodes if n in self.flow]
         return {*nodes, *(d for n in known for d in nx.descendants(self.flow, n))}
 
-    def _bound(self, region: set[Node], split: _Split) -> dict[Node, Node]:
+    def _bound(self, region: set[Node], split: Split) -> dict[Node, Node]:
         """What has to be in the region because a node of it makes or reads a value that only one
         chunk understands, and that node. Counts may be read outside, as sums."""
         found: dict[Node, Node] = {}
@@ -450,7 +384,7 @@ class RegionFinder:
                 found |= {u: node for u in node.users if u not in region}
         return found
 
-    def _apart(self, region: set[Node], split: _Split, dropped: set[Node]) -> set[Node]:
+    def _apart(self, region: set[Node], split: Split, dropped: set[Node]) -> set[Node]:
         """What belongs to nodes of several outputs: these and the nodes that pick one stay
         together."""
         missing: set[Node] = set()
@@ -480,7 +414,7 @@ class RegionFinder:
     def _leaves(self, node: Node, region: set[Node]) -> bool:
         return any(u not in region for u in node.users)
 
-    def _is_inside(self, node: Node, region: set[Node], split: _Split) -> bool:
+    def _is_inside(self, node: Node, region: set[Node], split: Split) -> bool:
         """Whether the value is in memory without the loop and not with it: no view, no fused value,
         not leaving."""
         if not split.is_split(node) or rules.is_view(node) or self._leaves(node, region):
@@ -492,7 +426,7 @@ class RegionFinder:
             readers = [u for r in readers for u in (r.users if rules.is_view(r) else (r,))]
         return any(rules.is_matmul(r) or rules.is_attention(r) for r in readers)
 
-    def _absorb(self, region: set[Node], split: _Split) -> None:
+    def _absorb(self, region: set[Node], split: Split) -> None:
         """Take in consumers of what leaves while fewer bytes leave for it."""
 
         def boundary(nodes: set[Node]) -> float:
@@ -540,7 +474,7 @@ class RegionFinder:
                 if improved:
                     break
 
-    def _outlet(self, leaving: list[Node], region: set[Node], split: _Split) -> Node:
+    def _outlet(self, leaving: list[Node], region: set[Node], split: Split) -> Node:
         """The outside reader that keeps the largest value from staying inside."""
         for node in sorted(leaving, key=lambda n: -nbytes(n.meta["val"])):
             outside = [u for u in node.users if u not in region]
@@ -549,7 +483,7 @@ class RegionFinder:
                 return (named or outside)[0]
         return next(iter(region))
 
-    def _refuse(self, seed: Node, obstacle: Node, split: _Split) -> Refusal:
+    def _refuse(self, seed: Node, obstacle: Node, split: Split) -> Refusal:
         status = split.status(obstacle) if obstacle.op == "call_function" else "split"
         if obstacle.op == "output":
             reason = "its value is an output of the graph, so it has to exist as a whole"
@@ -575,7 +509,7 @@ class RegionFinder:
 
 
 def find_regions(
-    graph: Graph, axes: Axes, *, min_bytes: int, all_axes: bool = False
+    graph: Graph, axes: Axes, *, min_bytes: int, min_rows: int = 0, all_axes: bool = False
 ) -> tuple[list[Region], list[Refusal]]:
     """The regions of a graph, largest inside first, and the seeds that became none, with the
     reason.
@@ -583,9 +517,12 @@ def find_regions(
     Args:
         graph: a functional aten graph, joint or inference.
         axes: its axis analysis.
-        min_bytes: smallest value that may seed a region, and smallest inside that makes one.
+        min_bytes: smallest value (in float32 at least) that may seed a region, and smallest inside
+            that makes one.
+        min_rows: rows that a chunk will have at least. An axis of which one position has not many
+            more is as good as a finer one.
         all_axes: try every axis of a seed and take the one that keeps most inside, instead of the
             first that gives a region: for small graphs, in which values per token are inputs
             beside the weights, so that the order of axes says little.
     """
-    return RegionFinder(graph, axes, min_bytes, all_axes=all_axes).find()
+    return RegionFinder(graph, axes, min_bytes, min_rows=min_rows, all_axes=all_axes).find()

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from passes.axes import Axes, analyze_axes
 from passes.records import Refusal, Region
-from passes.regions import find_regions
+from passes.regions import RegionFinder, find_regions
 from passes.rules import find_rule
 from tests.passes.graphs import Recorder, compiled, trace
 
@@ -129,6 +129,16 @@ def test_small_values_seed_nothing():
     assert found(graph, min_bytes=10 * 32 * 4 + 1)[0] == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_values_are_large_in_any_precision(dtype: torch.dtype):
+    graph = trace(mlp, *(torch.randn(n, dtype=dtype) for n in ((10, 4), (4, 32), (32, 4))))
+    limit = 10 * 32 * 4
+    axes = analyze_axes(graph, find_rule)
+    finder = RegionFinder(graph, axes, limit)
+    assert [n.name for n in graph.nodes if finder.may_seed(n)] == ["mm", "relu"]
+    assert not any(RegionFinder(graph, axes, limit + 1).may_seed(n) for n in graph.nodes)
+
+
 def test_no_amplification_no_region():
     graph = trace(mlp, torch.randn(4, 4), torch.randn(4, 4), torch.randn(4, 4))
     regions, refusals, _ = found(graph)
@@ -202,6 +212,15 @@ def test_one_loop_axis_per_region_and_no_region_in_a_region():
         for node in region.nodes:
             assert axes.axes(node).count(region.axis) <= 1
             assert not any(node in other.nodes for other in regions[index + 1 :])
+
+
+@pytest.mark.parametrize(("min_rows", "length"), [(0, 20), (12, 20), (20, 16), (100, 16)])
+def test_the_outermost_axis_that_is_fine_enough(min_rows: int, length: int):
+    """Slices of the batch are contiguous; but one sequence may be more than a chunk should have."""
+    graph = trace(mlp, torch.randn(16, 20, 4), torch.randn(4, 32), torch.randn(32, 4))
+    axes = analyze_axes(graph, find_rule)
+    regions, _ = find_regions(graph, axes, min_bytes=1, min_rows=min_rows)
+    assert [r.length for r in regions] == [length]
 
 
 def test_the_axis_that_keeps_most_inside():
