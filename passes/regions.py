@@ -76,12 +76,15 @@ def _inputs_of_products(graph: Graph) -> set[Node]:
     for node in graph.nodes:
         if node.op != "call_function" or not rules.is_matmul(node):
             continue
-        for operand in node.all_input_nodes:
-            while operand.op == "call_function" and _keeps_values(operand):
-                operand = operand.all_input_nodes[0]
-            if operand.op == "placeholder":
-                found.add(operand)
+        found |= {m for m in map(_maker, node.all_input_nodes) if m.op == "placeholder"}
     return found
+
+
+def _maker(node: Node) -> Node:
+    """What made the values: behind views and changes of dtype."""
+    while node.op == "call_function" and _keeps_values(node):
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _keeps_values(node: Node) -> bool:
@@ -155,7 +158,8 @@ class RegionFinder:
         )  # nodes that a failed attempt flooded, and its axis
         self.hints = symbol_hints(graph)
         self.weights: dict[int, int] = {}  # axis -> how many inputs of products have it
-        for node in _inputs_of_products(graph) - self.tangent:
+        self.parameters = _inputs_of_products(graph) - self.tangent
+        for node in self.parameters:
             for axis in set(axes.axes(node)):
                 self.weights[axis] = self.weights.get(axis, 0) + 1
 
@@ -191,7 +195,7 @@ class RegionFinder:
             split = self.splits.setdefault(axis, Split(self.axes, axis, length))
             if (seed, axis) in self.hopeless:
                 continue
-            base = sum(split.origin(i) for i in seed.all_input_nodes if split.is_split(i))
+            base = self._made_from(seed, split)
             if not split.is_split(seed) or split.width(seed) < AMPLIFY * base:
                 continue
             threshold = AMPLIFY * base
@@ -214,6 +218,17 @@ class RegionFinder:
         if best is None and failure is not None:
             self.refusals.append(failure)
         return best
+
+    def _made_from(self, seed: Node, split: Split) -> float:
+        """The width of what a seed is made from. Along an axis of weights (heads, features) every
+        chunk reads the activations whole, and they count as well: else any projection would be
+        wider than nothing, and attention be computed again for it."""
+        split_inputs = [i for i in seed.all_input_nodes if split.is_split(i)]
+        base = sum(map(split.origin, split_inputs))
+        if self.weights.get(split.axis, 0):
+            others = (i for i in seed.all_input_nodes if i not in split_inputs)
+            base += sum(split.width(i) for i in others if _maker(i) not in self.parameters)
+        return base
 
     def _candidates(self, seed: Node) -> list[int]:
         """The axes of a seed, in the order in which they are tried."""

@@ -158,6 +158,25 @@ def test_batch_axis_where_tokens_mix():
     assert region.length == 3
 
 
+@pytest.mark.parametrize("written_out", [False, True])
+def test_heads_where_scores_are_large(written_out: bool):
+    """A loop along heads computes projections and attention again: for scores of tokens x tokens,
+    but not for projections that are no wider than what all heads read."""
+
+    def fn(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wo: Tensor) -> Tensor:
+        q, k, v = ((x @ w).view(40, 4, 8).transpose(0, 1) for w in (wq, wk, wv))
+        if written_out:
+            out = (q @ k.mT).softmax(-1) @ v
+        else:
+            out = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
+        return (x + out.transpose(0, 1).reshape(40, 32) @ wo).cumsum(0).square().sum()
+
+    inputs = leaf(40, 32), *(leaf(32, 32) for _ in range(4))
+    regions, _, axes = found(joint(fn, *inputs))
+    assert [r.length for r in regions] == ([4] if written_out else [])
+    assert all(axes.axes(r.seed)[0] == r.axis for r in regions)
+
+
 # -- refusals ------------------------------------------------------------------------------------
 
 
