@@ -152,8 +152,7 @@ class AxisTable:
 
     def __init__(self) -> None:
         self.sizes: list[Size] = []
-        self._apart: dict[int, set[int]] = {}  # root -> roots that it must not become
-        self.copies: set[int] = set()  # roots that were made as copies
+        self._copied: set[tuple[int, int]] = set()  # roots: a copy, and what it must not become
         self._parent: list[Product] = []  # (i,) for a root, else what axis i stands for now
         self.permuted: dict[int, Permuted] = {}
 
@@ -225,23 +224,21 @@ class AxisTable:
     def copy(self, product: Product) -> Product:
         """A new axis for the same positions, kept apart from these."""
         made = self.fresh(self.size(product))
-        for axis in made:
-            self.copies.add(axis)
-            for other in self.resolve(product):
-                self._apart.setdefault(axis, set()).add(other)
-                self._apart.setdefault(other, set()).add(axis)
+        self._copied |= {(axis, other) for axis in made for other in self.resolve(product)}
         return made
 
+    def is_copy(self, axis: int, of: int) -> bool:
+        """Whether the first of two roots was made as a copy of the second."""
+        return (axis, of) in self._copied
+
     def _merge(self, kept: int, gone: int) -> None:
-        if gone in self._apart.get(kept, ()):
+        if self.is_copy(kept, gone) or self.is_copy(gone, kept):
             raise RolesMeet((kept, gone))
         self._parent[gone] = (kept,)
-        for other in self._apart.pop(gone, set()):
-            self._apart[other].discard(gone)
-            self._apart[other].add(kept)
-            self._apart.setdefault(kept, set()).add(other)
-        if gone in self.copies:
-            self.copies.add(kept)
+        for pair in [p for p in self._copied if gone in p]:
+            self._copied.discard(pair)
+            copy, source = (kept if axis == gone else axis for axis in pair)
+            self._copied.add((copy, source))
 
     def regroup(self, axes: Product, sizes: Sequence[Size]) -> Dims | None:
         """Deal `axes`, outermost first, into dims of the given sizes (what ``view`` does), refining
@@ -542,19 +539,23 @@ def _checked(call: OpCall, op: OpAxes) -> OpAxes | None:
 
 
 def _cut_where_roles_meet(call: OpCall, axes: tuple[int, int]) -> list[Cut]:
-    """The operand that needs a copy so that two roles do not meet: never one that has both, and
-    rather the one whose role is the copy's, so that it takes the other's again."""
-    found: list[tuple[bool, Cut]] = []
+    """The operand that needs a copy so that two roles do not meet: never one that has both, rather
+    the one whose role is the copy's, so that it takes the other's again. Where each is a copy of
+    the other (a copy of the copy became the original again), the later one: every cut of the
+    original would make a role that meets the next one."""
+    found: list[tuple[bool, int, Cut]] = []
     for operand in call.node.all_input_nodes:
         dims = call.dims(operand)
         own = {a for product in dims for a in product} & set(axes)
         if len(own) != 1:
             continue
         (axis,) = own
+        (other,) = set(axes) - own
         for dim, product in enumerate(dims):
             if axis in product:
-                found.append((axis in call.table.copies, Cut(call.node, operand, dim)))
-    return [max(found, key=lambda f: f[0])[1]] if found else []
+                is_copy = call.table.is_copy(axis, other)
+                found.append((is_copy, axis, Cut(call.node, operand, dim)))
+    return [max(found, key=lambda f: f[:2])[2]] if found else []
 
 
 def _operands_with_an_axis_twice(call: OpCall) -> set[tuple[Node, int]]:

@@ -165,6 +165,37 @@ def test_one_key_for_all_heads() -> None:
     assert loops_along(131) >= 2, str(mstc.last_report())
 
 
+class OneProjection(Layer):
+    """Queries, keys and values of one product: their gradients are one tensor again (MPT)."""
+
+    def __init__(self, mask: Mask, *, chunked: bool = False) -> None:
+        super().__init__(mask)
+        self.qkv = nn.Linear(SIZE, 3 * SIZE)
+        self.chunked = chunked
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        if self.chunked:
+            parts = self.qkv(x).chunk(3, dim=-1)
+            q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in parts)
+        else:
+            q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = (q @ k.transpose(-1, -2) * 0.3).masked_fill(~mask, -1e9)
+        mixed = scores.softmax(-1) @ v
+        return x + self.out(mixed.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_one_projection_for_all_roles(chunked: bool) -> None:
+    torch.manual_seed(1)
+    model = Model(window).double()
+    model.layers = nn.ModuleList([OneProjection(window, chunked=chunked).double() for _ in "ab"])
+    x, data = inputs(131)
+    wanted = gradients(model, model, x, data)
+    found = gradients(model, torch.compile(model, backend="mst", options=OPTIONS), x, data)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    assert loops_along(131) >= 2, str(mstc.last_report())
+
+
 @pytest.mark.parametrize("length", [96, 131])
 def test_sinks(length: int) -> None:
     """Padded scores are cut to the keys: only the values say that these are tokens."""
