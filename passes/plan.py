@@ -8,7 +8,8 @@ Algorithm
        best. A region that is off the peak is left alone, so short sequences run untouched.
     3. Gradient-in-forward where it can be proven (`passes.modes`), recompute otherwise.
     4. Chunk size: as large as adds at most `TRANSIENT_SHARE` to what is left at the peak without
-       any chunk alive, and never below the rows at which matrix units are still busy (`min_rows`).
+       any chunk alive, and never below the rows at which matrix units are still busy (`min_rows`),
+       nor below a `SMALL` share of the peak for which nothing would be done.
        The number of chunks is rounded so that chunks are equal where a divisor is near. In a deep
        model that may be one: what the layer makes is then small beside what all layers keep.
     5. Keep the plan only if the predicted peak falls by at least `MIN_GAIN`.
@@ -37,6 +38,7 @@ from passes.source import hint, nbytes, op_name, source_of
 TRANSIENT_SHARE = 0.10  # of the peak that stays, how much a chunk may add
 MIN_GAIN = 0.05  # of the predicted peak, below which the graph is left alone
 WORTH_A_ROUND = 1.02  # of the lowest predicted peak, up to which a plan with fewer loops is better
+SMALL = 1 / 8  # of `min_peak_bytes`: a smaller chunk saves nothing that matters, and costs its call
 AT_PEAK = 0.02  # of the peak, below which a region counts as off it
 
 
@@ -230,14 +232,17 @@ class _Planner:
         if self.options.chunk_rows is not None:
             chunk = max(1, min(region.length, self.options.chunk_rows // per_row))
             return replace(plan, chunk=chunk, num_chunks=math.ceil(region.length / chunk))
-        least = max(1, self.options.min_rows // per_row)
         per_position = max(
-            self.body_bytes(b, region) / region.length
-            for b in (bodies.forward, bodies.backward)
-            if b
+            1,
+            *(
+                self.body_bytes(b, region) / region.length
+                for b in (bodies.forward, bodies.backward)
+                if b
+            ),
         )
-        room = TRANSIENT_SHARE * floor.peak_bytes
-        wanted = max(least, int(room / max(per_position, 1e-9)))
+        small = SMALL * self.options.min_peak_bytes / per_position
+        least = max(1, self.options.min_rows // per_row, min(round(small), region.length))
+        wanted = max(least, int(TRANSIENT_SHARE * floor.peak_bytes / per_position))
         chunk = even_chunk(region.length, min(wanted, region.length), least)
         return replace(plan, chunk=chunk, num_chunks=math.ceil(region.length / chunk))
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from passes import rules
-from passes.plan import MIN_GAIN, even_chunk
+from passes.plan import MIN_GAIN, SMALL, even_chunk
 from passes.source import op_name
 from tests.passes.graphs import Recorder, assert_close, compiled, gradients_of
 
@@ -48,7 +48,7 @@ def plan(values: list[Tensor], fn: Callable[..., Any] = model, **options: Any) -
 def text(recorder: Recorder) -> str:
     """Regions, loops and refusals of one compilation, for a reader."""
     lines: list[str] = []
-    for graph, planned in zip(recorder.graphs, recorder.planned, strict=True):
+    for planned in recorder.planned:
         decided = planned.plan
         lines.append(f"predicted peak {decided.peak_before} -> {decided.peak_after} bytes")
         for loop in decided.loops:
@@ -58,7 +58,8 @@ def text(recorder: Recorder) -> str:
                 f"{region.length}, seed {op_name(region.seed)}, {region.inside_bytes} bytes inside"
             )
             for title, part in (("forward", region.forward), ("backward", region.backward)):
-                products = [n.name for n in graph.nodes if n in part and rules.is_matmul(n)]
+                nodes = region.seed.graph.nodes
+                products = [n.name for n in nodes if n in part and rules.is_matmul(n)]
                 lines.append(f"    {title}: {' '.join(products)}")
         lines += [f"refused ({r.nbytes} bytes): {r.subject}: {r.reason}" for r in decided.refusals]
         for loop in planned.chunked.loops if planned.chunked else ():
@@ -151,6 +152,18 @@ def test_chunks_are_not_smaller_than_the_device_likes(least: int):
     loops = plan(inputs(), min_rows=least).planned[0].plan.loops
     assert loops
     assert all(loop.chunk >= least for loop in loops)
+
+
+def test_chunks_are_not_smaller_than_matters():
+    """A peak below `min_peak_bytes` would be left alone: a chunk far below it saves nothing."""
+    values = inputs()
+    least = plan(values).planned[0].plan.before.peak_bytes // 2
+    fine = plan(values, min_rows=1).planned[0].plan.loops
+    coarse = plan(values, min_rows=1, min_peak_bytes=least).planned[0].plan.loops
+    head = [max(loops, key=lambda one: one.region.inside_bytes) for loops in (fine, coarse)]
+    assert head[0].chunk < head[1].chunk < head[1].region.length
+    share = head[1].chunk / head[1].region.length
+    assert share * head[1].region.inside_bytes >= SMALL * least
 
 
 def test_rows_are_tokens_of_all_sequences():
