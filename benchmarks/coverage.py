@@ -50,6 +50,7 @@ CONTENDERS = ("eager", "inductor", "auto_chunker", "mst")
 SCALES = {"row": zoo.ROW, "tiny": zoo.TINY}
 RESULTS = measure.ROOT / "benchmarks" / "results" / "coverage-cpu.json"
 PAGE = measure.ROOT / "docs" / "coverage.md"
+README = measure.ROOT / "README.md"
 _DEVICE = "cpu"
 _WITHOUT_INDUCTOR = {"inductor": "aot_eager", "mst": "mst_eager"}  # who stands in for whom
 _ROW_TIMEOUT_S = 900
@@ -256,11 +257,16 @@ def _commit() -> str:
     return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if changed else "")
 
 
+def modes_of(name: str) -> tuple[str, ...]:
+    """The modes in which the table has a row for an architecture."""
+    return EXPERT_MODES if zoo.ZOO[name].experts else MODES
+
+
 def _jobs(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     """(key in the results, job), architecture by architecture."""
     common = {"lowering": options.lowering, "scale": options.scale, "rounds": options.rounds}
     for name in options.only:
-        for mode in options.modes or (EXPERT_MODES if zoo.ZOO[name].experts else MODES):
+        for mode in options.modes or modes_of(name):
             job = {"architecture": name, "mode": mode, "contenders": options.contenders}
             yield f"{name}/{mode}", common | job
 
@@ -359,7 +365,7 @@ def main(arguments: list[str]) -> int:
                     progress.write(f"{key} {name}: {text}")
     print(coverage_table.summary(results))
     if options.out == RESULTS:
-        PAGE.write_text(coverage_table.page(results))
+        coverage_table.write(results, PAGE, README)
     return 1 if any(coverage_table.failures(records[key]) for key, _ in todo) else 0
 
 

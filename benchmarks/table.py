@@ -129,22 +129,25 @@ def readme_errors(results: dict[str, Any]) -> str:
 
 
 def write_readme(results: dict[str, Any], path: Path) -> None:
-    """Put the tables between their markers, ``<!-- table:NAME -->`` and ``<!-- /table:NAME -->``.
+    """Put the tables of `benchmarks.memory` into the README."""
+    text = path.read_text()
+    for name, made in (("memory", readme_cost(results)), ("errors", readme_errors(results))):
+        text = put(text, name, made)
+    path.write_text(text)
+
+
+def put(text: str, name: str, table_text: str) -> str:
+    """A text with a table between its markers, ``<!-- table:NAME -->`` and
+    ``<!-- /table:NAME -->``.
 
     Raises:
         ValueError: a marker is missing.
     """
-    text = path.read_text()
-    for name, text_of_table in (
-        ("memory", readme_cost(results)),
-        ("errors", readme_errors(results)),
-    ):
-        begin, end = f"<!-- table:{name} -->", f"<!-- /table:{name} -->"
-        if begin not in text or end not in text:
-            raise ValueError(f"{path} has no {begin} ... {end}")
-        head, _, rest = text.partition(begin)
-        text = f"{head}{begin}\n{text_of_table}\n{end}{rest.partition(end)[2]}"
-    path.write_text(text)
+    begin, end = f"<!-- table:{name} -->", f"<!-- /table:{name} -->"
+    if begin not in text or end not in text:
+        raise ValueError(f"no {begin} ... {end} to put a table between")
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}\n{table_text}\n{end}{rest.partition(end)[2]}"
 
 
 def _failure(record: dict[str, Any]) -> str:

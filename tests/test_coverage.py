@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import accuracy, coverage, coverage_table, measure, models, store, zoo
+from benchmarks import accuracy, coverage, coverage_table, measure, models, store, table, zoo
 from benchmarks.zoo import ZOO
 from benchmarks.zoo.rows import _DECODERS, _ENCODERS, _EXPERT_MODELS, _HEADLESS, _PLAIN, _RECURRENT
 from tests.models import fresh_compiler  # noqa: F401  (an autouse fixture)
@@ -228,8 +228,10 @@ def test_page_says_what_the_results_say():
     text = coverage_table.page(_results())
     lines = text.splitlines()
     fp32 = "| fp32 | 3 | 0.05 (worst 0.25, llama) | 1.10 (worst 1.10, vit) | "
-    fp32 += "1.00 (worst 2.00, qwen2) | vit |"
+    fp32 += "1.00 (worst 2.00, qwen2) | 1 | vit |"
     assert fp32 in lines
+    every = "| all | 5 | 0.05 (worst 0.25, llama) | 1.10 (worst 1.10, vit) | "
+    assert every + "1.00 (worst 2.00, qwen2) | 1 | 1 |" in lines
     assert "* 5 rows, 3 measured." in lines
     assert "* Failed: auto_chunker in 3, row in 1." in lines
     assert "* With loops: 2 rows. With something refused: 2 rows." in lines
@@ -250,3 +252,12 @@ def test_a_gradient_that_is_not_a_number_is_further_off():
     results = _results()
     results["records"]["llama/fp32"]["contenders"]["mst"]["error"]["worst"] = float("nan")
     assert "| llama, vit |" in coverage_table.summary(results)
+
+
+def test_what_is_published_is_what_was_measured():
+    """The page and the README's table are made of the committed results, of all rows."""
+    results = json.loads(coverage.RESULTS.read_text())
+    assert set(results["records"]) == {f"{n}/{m}" for n in ZOO for m in coverage.modes_of(n)}
+    assert coverage.PAGE.read_text() == coverage_table.page(results)
+    readme = coverage.README.read_text()
+    assert table.put(readme, "coverage", coverage_table.summary(results)) == readme
