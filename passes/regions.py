@@ -111,8 +111,9 @@ def _only_widens_its_type(node: Node) -> bool:
 def _bytes_in_float32(value: object) -> float:
     """As many as the value would have without a narrower type: a model has the same regions in any
     precision."""
-    narrow = isinstance(value, torch.Tensor) and value.is_floating_point()
-    return nbytes(value) * (max(1, 4 / value.element_size()) if narrow else 1)
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return nbytes(value) * max(1, 4 / value.element_size())
+    return nbytes(value)
 
 
 def symbol_hints(graph: Graph) -> dict[sympy.Basic, sympy.Integer]:
