@@ -25,6 +25,8 @@ from tests.models import NON_LEAF, fresh_compiler  # noqa: F401  (an autouse fix
 SEEDS = range(11)
 MLP = Case(layers=(Layer(ffn="gelu"),))
 DROPOUT = Case(layers=(Layer(ffn="gelu", ffn_dropout=0.3),))
+APART = replace(MLP, way="outside_compiled", dynamic="true", loss="mse", shift="slice", batch=1)
+"""The loss in a function of its own, on logits of any length."""
 
 
 @NON_LEAF
@@ -39,6 +41,13 @@ def test_most_cases_have_loops() -> None:
     for case in (MLP, DROPOUT):
         verdict = check(case)
         assert (verdict.kind, verdict.loops > 0) == ("right", True), verdict
+
+
+def test_guards_on_sizes_are_no_frames_of_the_user() -> None:
+    """They read the parts of a deferred output, and Dynamo took that for a function to compile."""
+    case = replace(APART, length=31, vocab=251, logits_out=True, chunk_rows=29, min_region_bytes=1)
+    verdict = check(case)
+    assert verdict.kind == "right", verdict
 
 
 class _Bent(torch.autograd.Function):

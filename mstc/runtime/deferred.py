@@ -478,7 +478,8 @@ def _on_values(name: str) -> Callable[..., Any]:
 
 
 def _part(index: int) -> property:
-    return property(lambda self: self.parts()[index])
+    # guards on sizes read it, and Dynamo would compile that reading as a frame of the user's
+    return property(torch.compiler.disable(lambda self: self.parts()[index]))
 
 
 for _index in range(_MOST_PARTS):
