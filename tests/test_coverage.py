@@ -111,6 +111,7 @@ def test_row_end_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     """One row in a fresh process; it is not measured twice, unless it failed."""
+    monkeypatch.setattr(coverage, "_RUNS", 1)  # no times are looked at
     out = tmp_path / "coverage.json"
     arguments = ["--only=nanogpt", "--modes=fp32", "--scale=tiny", "--lowering=eager"]
     arguments += ["--rounds=1", f"--out={out}"]
@@ -261,3 +262,24 @@ def test_what_is_published_is_what_was_measured():
     assert coverage.PAGE.read_text() == coverage_table.page(results)
     readme = coverage.README.read_text()
     assert table.put(readme, "coverage", coverage_table.summary(results)) == readme
+
+
+def test_a_row_above_the_limit_is_measured_three_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seconds = {"llama": [2.0, 0.5, 1.05], "vit": [1.0]}
+
+    def measured(job: dict[str, Any], kernels: Path) -> dict[str, Any]:
+        own = _contender(1, seconds[job["architecture"]].pop(0), 1e-6)
+        contenders = {"mst": own, "inductor": _contender(1, 1.0, 1e-6)}
+        return {"sizes": {"rows": 1, "tokens": 2}, "contenders": contenders, "reports": []}
+
+    monkeypatch.setattr(coverage, "_measured", measured)
+    out = tmp_path / "found.json"
+    arguments = ["--only", "llama,vit", "--modes", "fp32", "--scale", "tiny", "--out", str(out)]
+    assert coverage.main(arguments) == 0
+    assert not any(seconds.values())
+    records = json.loads(out.read_text())["records"]
+    assert [len(records[key]["runs"]) for key in ("llama/fp32", "vit/fp32")] == [3, 1]
+    assert coverage_table.time_ratio(records["llama/fp32"]) == 1.05
+    assert coverage.main(arguments) == 0, "nothing is left to be measured"
