@@ -1,7 +1,7 @@
 """One line, a fraction of the memory: ``torch.compile(model, backend="mst")``.
 
 Public names: `mst_backend`, `Options`, `explain`, `last_report`, `Report`, `OptionError`,
-`DeferredOutputError`, `measure_peak`.
+`DeferredOutputError`, `measure_peak`, `simulate_step`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from mstc.history import last_report  # noqa: E402
 from mstc.options import Options  # noqa: E402
 from mstc.report import Report  # noqa: E402
 from mstc.runtime.memory import measure_peak  # noqa: E402
+from mstc.simulate import simulate_step  # noqa: E402
 
 __all__ = [
     "DeferredOutputError",
@@ -37,6 +38,7 @@ __all__ = [
     "last_report",
     "measure_peak",
     "mst_backend",
+    "simulate_step",
 ]
 __version__ = "0.1.0"
 

@@ -35,7 +35,7 @@ from mstc.inductor import (
 )
 from mstc.observe import Observer, dump
 from mstc.options import Options
-from mstc.report import Report, graph_report
+from mstc.report import Report, graph_report, subject_of
 from mstc.runtime.deferred import DeferredTensor, opening_of, plain_example, wrap_outputs
 from mstc.runtime.loop import Call, loop_op, prepare_bodies
 from mstc.saved import load_report, report_key, save_report
@@ -136,6 +136,8 @@ class ChunkPass(CustomGraphPass):
             return
         if planned.chunked is not None:
             _replace_contents(graph, planned.chunked.graph)
+            for loop in planned.chunked.loops:
+                history.name_body(loop.body.spec, subject_of(loop.plan.region.seed))
             self.calls += [c for loop in planned.chunked.loops if (c := _call(loop.node))]
         least = AT_PEAK * planned.plan.before.peak_bytes
         self.report.refusals = [r for r in self.report.refusals if r.nbytes >= least]
@@ -355,6 +357,10 @@ def _compile(
     graph_pass = ChunkPass(options, report, is_record=subject is None)
     if options.lowering == "eager":
         return compile_outer_eager(graph, inputs, graph_pass)
+    if options.lowering == "emit":
+        compiled = compile_outer(graph, inputs, graph_pass, options.inductor, build=False)
+        prepare_bodies(graph_pass.calls)
+        return compiled
     key = report_key(subject or graph, graph_pass.uuid(), options.inductor)
     compiled = compile_outer(graph, inputs, graph_pass, options.inductor)
     prepare_bodies(graph_pass.calls)

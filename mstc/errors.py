@@ -12,6 +12,10 @@ class DeferredOutputError(RuntimeError):
     """A deferred output was read after what it is made from had changed in place."""
 
 
+class SimulationError(RuntimeError):
+    """A step cannot be simulated: it depends on values, or there is no loss."""
+
+
 class BodyCompilationWarning(UserWarning):
     """Inductor could not compile a loop's body, which runs op by op instead."""
 

@@ -44,7 +44,7 @@ def explain(
     """
     parsed = parse_options(options, None)
     merged = Report()
-    model = _plain(model)
+    model = plain(model)
 
     def call(*args: Any, **kwargs: Any) -> Any:  # so that the model's own frames keep their cache
         return model(*args, **kwargs)
@@ -54,7 +54,7 @@ def explain(
     )  # no line of the user's: not in the report
     given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, FakeTensor)]
     mode = given[0].fake_mode if given else FakeTensorMode(allow_non_fake_inputs=True)
-    fake_args, fake_kwargs = tree_map_only(torch.Tensor, lambda t: _fake(t, mode), (args, kwargs))
+    fake_args, fake_kwargs = tree_map_only(torch.Tensor, lambda t: as_fake(t, mode), (args, kwargs))
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         report, run = driver.analyze_graph(gm, example_inputs, parsed)
@@ -62,12 +62,12 @@ def explain(
         merged.deferred += report.deferred
         merged.refusals += report.refusals
         merged.notes += report.notes
-        return lambda *args: run(*tree_map_only(torch.Tensor, lambda t: _fake(t, mode), args))
+        return lambda *args: run(*tree_map_only(torch.Tensor, lambda t: as_fake(t, mode), args))
 
     with (
         forgotten_frames(),
         torch._dynamo.config.patch(recompile_limit=1 << 16),
-        _on_fakes(model, mode),
+        on_fakes(model, mode),
         mode,
     ):
         try:
@@ -80,13 +80,13 @@ def explain(
     return merged
 
 
-def _plain(model: Callable[..., Any]) -> Callable[..., Any]:
+def plain(model: Callable[..., Any]) -> Callable[..., Any]:
     """What was given to ``torch.compile``, if `model` came out of it."""
     model = getattr(model, "_torchdynamo_orig_callable", model)
     return getattr(model, "_orig_mod", model)
 
 
-def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+def as_fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
     if isinstance(tensor, FakeTensor):
         return tensor
     if tensor.device.type != "meta":
@@ -99,7 +99,7 @@ def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
 
 
 @contextmanager
-def _on_fakes(model: object, mode: FakeTensorMode) -> Iterator[None]:
+def on_fakes(model: object, mode: FakeTensorMode) -> Iterator[None]:
     """Put fake tensors in the place of a module's own, so that not even a counter in it changes."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     tables = [t for m in modules for t in (m._parameters, m._buffers)]
@@ -111,7 +111,7 @@ def _on_fakes(model: object, mode: FakeTensorMode) -> Iterator[None]:
             for name, tensor in own.items():
                 if tensor is not None:
                     if id(tensor) not in fakes:
-                        fakes[id(tensor)] = _fake(tensor, mode)
+                        fakes[id(tensor)] = as_fake(tensor, mode)
                     table[name] = fakes[id(tensor)]  # type: ignore[assignment]
         for module, _ in compiled:
             module._compiled_call_impl = None

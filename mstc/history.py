@@ -8,6 +8,7 @@ from collections import deque
 from mstc.report import Report
 
 _REPORTS: deque[Report] = deque(maxlen=256)
+_NAMES: dict[int, str] = {}  # what a loop's body was made of, by the hash of its text
 
 
 def add(report: Report) -> None:
@@ -18,6 +19,18 @@ def note(text: str) -> None:
     """Add to the latest report what turned out when its graphs ran."""
     if _REPORTS and text not in _REPORTS[-1].notes:
         _REPORTS[-1].notes.append(text)
+
+
+def name_body(spec: str, name: str) -> None:
+    """Keep what a loop is of, for pictures; equal layers have one name."""
+    if len(_NAMES) > 4096:
+        _NAMES.clear()
+    _NAMES[hash(spec)] = name
+
+
+def name_of_body(spec: str) -> str:
+    """ "op at file:line", or "" if it was compiled in another process."""
+    return _NAMES.get(hash(spec), "")
 
 
 def reports() -> list[Report]:

@@ -14,6 +14,7 @@ from typing import Any, cast, get_origin
 
 import sympy
 import torch
+import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from torch._C._dynamo.eval_frame import (
     _debug_get_cache_entry_list,
@@ -41,6 +42,7 @@ from torch._inductor.compile_fx import (
     compile_fx,
     compile_fx_inner,
 )  # the outer graph; one aten graph
+from torch._inductor.cpp_builder import get_cpp_compiler  # what kernels on a CPU are built with
 from torch._inductor.custom_graph_pass import (
     CustomGraphPass,
     get_hash_for_files,
@@ -57,6 +59,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv  # symbolic sizes of a body
 from torch.fx.graph import _BoxedCodeGen  # frees dead intermediates
 
+from mstc.emission import emit
 from mstc.repairs import mend
 
 __all__ = [
@@ -68,6 +71,7 @@ __all__ = [
     "compile_body",
     "compile_outer",
     "compile_outer_eager",
+    "cpp_compiler",
     "detect_fake_mode",
     "forgotten_frames",
     "get_hash_for_files",
@@ -127,6 +131,15 @@ def hide_autocast() -> AbstractContextManager[object]:
 def cache_folder() -> Path | None:
     """Where PyTorch keeps compiled graphs between processes; None where it was told not to."""
     return None if inductor_config.force_disable_caches else Path(cache_dir())
+
+
+def cpp_compiler() -> str:
+    """The compiler that Inductor builds a CPU's kernels with.
+
+    Raises:
+        whatever Inductor raises where it finds none.
+    """
+    return get_cpp_compiler()
 
 
 def known_inductor_options() -> frozenset[str]:
@@ -231,6 +244,8 @@ def compile_body(
     shapes: Sequence[Sequence[Sequence[int]]],
     dynamic: Sequence[int],
     config: Mapping[str, object],
+    *,
+    build: bool = True,
 ) -> CompiledBody:
     """Compile one body with Inductor.
 
@@ -241,6 +256,7 @@ def compile_body(
         shapes: for every tensor and dim, the indices into `sizes` whose product the dim is.
         dynamic: indices into `sizes` to leave open.
         config: Inductor options.
+        build: False writes the code only, for simulation (`mstc.emission`).
 
     Raises:
         whatever Inductor raises.
@@ -279,7 +295,8 @@ def compile_body(
         output.meta[
             "user_visible_output_idxs"
         ] = []  # no layout is asked for: the loop takes any strides
-        compiled = compile_fx_inner(graph, arguments, is_inference=True)
+        compiler = compile_fx_inner if build else emit
+        compiled = compiler(graph, arguments, is_inference=True)
     symbols = tuple(s.node.expr for s in open_sizes.values())
     guards = [g.expr for g in shape_env.guards]
     guards += [sympy.Eq(s, r) for s, r in shape_env.replacements.items() if s in symbols]
@@ -311,17 +328,26 @@ def compile_outer(
     example_inputs: Sequence[Any],
     graph_pass: CustomGraphPass | None,
     config: Mapping[str, object],
+    *,
+    build: bool = True,
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph with Inductor, with `graph_pass` run on its joint (or inference)
-    graph."""
+    graph; without `build`, for simulation only (`mstc.emission`)."""
     mend()
     patches = dict(config)
     if graph_pass is not None:
         patches["joint_custom_pre_pass"] = graph_pass
-    return cast(
-        "Callable[..., Any]",
-        compile_fx(gm, list(example_inputs), config_patches=cast("Any", patches)),
-    )
+    if build:
+        compiled = compile_fx(gm, list(example_inputs), config_patches=cast("Any", patches))
+    else:
+        with functorch_config.patch(enable_autograd_cache=False):
+            compiled = compile_fx(
+                gm,
+                list(example_inputs),
+                inner_compile=cast("Any", emit),
+                config_patches=cast("Any", patches),
+            )
+    return cast("Callable[..., Any]", compiled)
 
 
 def compile_outer_eager(

@@ -12,6 +12,12 @@ from typing import Any
 from mstc.errors import OptionError
 from mstc.inductor import inductor_option_type, known_inductor_options, mode_options
 
+_LOWERINGS = ("inductor", "eager")
+
+
+def _wrong_lowering(value: object) -> str:
+    return f'options["lowering"] is {value!r}; it must be "inductor" or "eager".'
+
 
 @dataclass(frozen=True)
 class Options:
@@ -20,7 +26,8 @@ class Options:
 
     lowering: str = "inductor"
     """"inductor" compiles the graph and the loop bodies (Triton on a GPU, C++ on a CPU); "eager"
-    runs them op by op, for debugging and fast tests."""
+    runs them op by op, for debugging and fast tests. ("emit" is what `mstc.simulate` sets:
+    Inductor's code without its kernels, which computes nothing.)"""
 
     chunk_rows: int | None = None
     """Rows (tokens of all sequences) per chunk; None lets the planner choose."""
@@ -59,10 +66,8 @@ class Options:
         return plain | ({"triton.cudagraphs": False} if "triton.cudagraphs" in plain else {})
 
     def __post_init__(self) -> None:
-        if self.lowering not in ("inductor", "eager"):
-            raise OptionError(
-                f'options["lowering"] is {self.lowering!r}; it must be "inductor" or "eager".'
-            )
+        if self.lowering not in (*_LOWERINGS, "emit"):
+            raise OptionError(_wrong_lowering(self.lowering))
         for name in ("chunk_rows", "min_chunk_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -118,6 +123,8 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None) -> Option
             if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
                 names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
                 raise OptionError(f'options["{key}"] is {value!r}; it must be of type {names}.')
+            if key == "lowering" and value not in _LOWERINGS:
+                raise OptionError(_wrong_lowering(value))
             own[key] = value
         elif (name := str(key).replace("-", "_")) in known_inductor:
             wanted = inductor_option_type(name)

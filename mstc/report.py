@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch.fx import Node
+
 from passes.records import Plan, Refusal, Rewrite
 from passes.source import op_name, source_of
 
@@ -148,6 +150,12 @@ def graph_report(plan: Plan, *, training: bool, note: str = "") -> GraphReport:
         refusals=plan.refusals,
         note=note,
     )
+
+
+def subject_of(node: Node) -> str:
+    """The op, and the user's line that it comes from."""
+    source = source_of(node)
+    return f"{op_name(node)} at {source}" if source else op_name(node)
 
 
 def _mib(nbytes: int) -> str:

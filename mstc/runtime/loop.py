@@ -6,7 +6,8 @@
     sizes     the sizes of the body's axes at this call, the loop axis first.
     chunk     positions of the loop axis per step; the last chunk takes what is left.
     spec      the body as text, how inputs are sliced and outputs are put together (`passes.body`).
-    lowering  how bodies are run, as JSON: ``{"kind": "inductor" | "eager", "config": {...}}``.
+    lowering  how bodies are run, as JSON: ``{"kind": "inductor" | "eager" | "emit", "config":
+              {...}}``; "emit" is for simulation (`mstc.simulate`).
 
 All that a loop needs is in its arguments, so a graph with loops in it can be cached on disk and run
 in another process.
@@ -120,14 +121,19 @@ class Program:
     failure: BaseException | None = None
 
     def run(
-        self, inputs: Sequence[torch.Tensor], sizes: Sequence[int], chunk: int
+        self,
+        inputs: Sequence[torch.Tensor],
+        sizes: Sequence[int],
+        chunk: int,
+        *,
+        only: Callable[[list[tuple[int, int]]], list[tuple[int, int]]] = list,
     ) -> list[torch.Tensor]:
-        length = sizes[0]
+        """The outputs; `only` chooses among the chunks, for simulation."""
         device = _device(inputs)
         buffers: list[torch.Tensor | None] = [
             o.empty(sizes, device) if o.kind == "split" else None for o in self.outputs
         ]
-        for start, size in _chunks(length, chunk):
+        for start, size in only(list(_chunks(sizes[0], chunk))):
             self._step(inputs, sizes, start, size, buffers)
         return [
             b if b is not None else o.empty(sizes, device).zero_()
@@ -256,6 +262,7 @@ class Program:
                 self.input_dims,
                 dynamic,
                 self.lowering["config"],
+                build=self.lowering["kind"] != "emit",
             )
         except Exception as error:  # Inductor's errors have no common base
             self._give_up(error)

@@ -41,7 +41,7 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 
-class _Event(NamedTuple):
+class MemoryEvent(NamedTuple):
     """One allocation (positive) or release (negative)."""
 
     time_us: float
@@ -79,7 +79,7 @@ def measure_peak(
         result, events = _record_cuda(fn, device)
     else:
         raise ValueError(f"memory is measured on cpu and cuda, not on {device.type!r}")
-    trace = _trace(events, _gradient_storages(parameters))
+    trace = trace_of(events, _gradient_storages(parameters))
     del result  # alive until here, so that its release is not among the events
     return trace
 
@@ -96,7 +96,8 @@ def measure_step(
     return measure_peak(step, device=device, parameters=parameters)
 
 
-def _trace(events: Iterable[_Event], gradients: dict[int, int]) -> MemoryTrace:
+def trace_of(events: Iterable[MemoryEvent], gradients: dict[int, int]) -> MemoryTrace:
+    """Sum up what happened; `gradients` are bytes of gradients by the address of their storage."""
     events = sorted(events, key=lambda event: event.time_us)
     last_alloc = {event.address: i for i, event in enumerate(events) if event.delta_nbytes > 0}
     is_gradient = {
@@ -136,23 +137,25 @@ def _gradient_storages(parameters: Iterable[torch.Tensor]) -> dict[int, int]:
     return storages
 
 
-def _record_cpu(fn: Callable[[], object]) -> tuple[object, list[_Event]]:
+def _record_cpu(fn: Callable[[], object]) -> tuple[object, list[MemoryEvent]]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = fn()
     # The event tree, unlike `events()`, knows addresses.
     inner: Any = profiler.profiler
     pending = list(inner.kineto_results.experimental_event_tree())
-    events: list[_Event] = []
+    events: list[MemoryEvent] = []
     while pending:
         node = pending.pop()
         pending.extend(node.children)
         if node.tag == _EventType.Allocation and node.extra_fields.device.type == "cpu":
             fields = node.extra_fields
-            events.append(_Event(node.start_time_ns / 1e3, fields.alloc_size, fields.ptr))
+            events.append(MemoryEvent(node.start_time_ns / 1e3, fields.alloc_size, fields.ptr))
     return result, events
 
 
-def _record_cuda(fn: Callable[[], object], device: torch.device) -> tuple[object, list[_Event]]:
+def _record_cuda(
+    fn: Callable[[], object], device: torch.device
+) -> tuple[object, list[MemoryEvent]]:
     index = torch.cuda.current_device() if device.index is None else device.index
     record: Any = torch.cuda.memory._record_memory_history
     torch.cuda.synchronize(index)
@@ -166,7 +169,7 @@ def _record_cuda(fn: Callable[[], object], device: torch.device) -> tuple[object
     # A release counts when it is requested, as in torch.cuda.memory_allocated.
     signs = {"alloc": 1, "free_requested": -1}
     events = [
-        _Event(entry["time_us"], signs[entry["action"]] * entry["size"], entry["addr"])
+        MemoryEvent(entry["time_us"], signs[entry["action"]] * entry["size"], entry["addr"])
         for entry in snapshot["device_traces"][index]
         if entry["action"] in signs
     ]

@@ -31,6 +31,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 _BLOCK_BYTES = 2**20  # of what is made beside the buffer: stays in the cache of a core
 
@@ -96,14 +97,15 @@ _WAYS = {"accumulate": _accumulate, "multiply": _multiply, "round": _round, "cas
 @functools.cache
 def best_way(device: torch.device, narrow: torch.dtype, wide: torch.dtype) -> Way:
     """What a device offers depends on its kind and on the version of PyTorch: asked by trying."""
-    operand = torch.ones(16, 16, dtype=narrow, device=device)
     ways: tuple[Way, ...] = ("accumulate", "multiply")
-    for way in ways:
-        try:
-            _WAYS[way](torch.zeros(16, 16, dtype=wide, device=device), operand, operand, wide)
-        except (RuntimeError, NotImplementedError):
-            continue
-        return way
+    with _disable_current_modes():  # a simulation asks under fake tensors, which can do anything
+        for way in ways:
+            try:
+                operand = torch.ones(16, 16, dtype=narrow, device=device)
+                _WAYS[way](torch.zeros(16, 16, dtype=wide, device=device), operand, operand, wide)
+            except (RuntimeError, NotImplementedError):
+                continue
+            return way
     return "round" if device.type == "cpu" and _multiplies_in(narrow) else "cast"
 
 

@@ -1,0 +1,158 @@
+"""The commands and their options; what they print is made in `mstc.cli.text`.
+
+Results go to stdout, progress and errors to stderr. Exit status: 0, or 1 when `doctor` finds
+something missing, 2 for a mistake of the user's (one line says which).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+import mstc
+from mstc.cli import checks, text
+from mstc.cli.subject import Subject, SubjectError, Wanted, load_subject
+from mstc.errors import OptionError, SimulationError
+from mstc.simulate import Backend, simulate_step
+from mstc.watch import SimulatedTrace
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="What torch.compile(model, backend='mst') does to a model: on any machine, without a GPU, "
+    "without running it.",
+)
+
+_BACKENDS: tuple[Backend, ...] = ("inductor", "mst")
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="config.json of transformers, a folder with one, a hub name, or script.py:build, a "
+        "function that returns (model, batch).",
+    ),
+]
+SeqLen = Annotated[int, typer.Option("--seq-len", "-s", help="Tokens per sequence.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", "-b", help="Sequences.")]
+Dtype = Annotated[str, typer.Option("--dtype", "-d", help="Of weights: fp32, bf16 or fp16.")]
+Checkpoint = Annotated[
+    bool, typer.Option("--checkpoint", help="With gradient checkpointing of every layer.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def explain(
+    model: Model,
+    seq_len: SeqLen = 2048,
+    batch_size: BatchSize = 1,
+    dtype: Dtype = "bf16",
+    checkpoint: Checkpoint = False,
+    as_json: AsJson = False,
+) -> None:
+    """Where the memory of a training step goes, what becomes a loop, and what does not, and why."""
+    subject = load_subject(model, Wanted(seq_len, batch_size, dtype, checkpoint))
+    with _busy("reading the model's graph"):
+        report = mstc.explain(subject.model, *subject.args, **subject.kwargs)
+    traces = _traces(subject)
+    if as_json:
+        found = {"model": model, "seq_len": seq_len, "batch_size": batch_size, "dtype": dtype}
+        found |= {"checkpoint": checkpoint, "peaks": {b: _plain(t) for b, t in traces.items()}}
+        _print_json(found | {"report": json.loads(report.to_json())})
+        return
+    text.print_explanation(Console(), subject, traces, report)
+
+
+@app.command()
+def plot(
+    model: Model,
+    seq_len: SeqLen = 2048,
+    batch_size: BatchSize = 1,
+    dtype: Dtype = "bf16",
+    checkpoint: Checkpoint = False,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="A .png or .svg file; the other comes beside it.")
+    ] = Path("memory.png"),
+    as_json: AsJson = False,
+) -> None:
+    """A picture of memory over the step, before and after."""
+    try:
+        from mstc.cli import picture
+    except ModuleNotFoundError as error:
+        raise SubjectError(f"a picture needs {error.name}: pip install 'mstc[cli]'") from error
+    paths = picture.paths_of(out)
+    subject = load_subject(model, Wanted(seq_len, batch_size, dtype, checkpoint))
+    traces = _traces(subject)
+    title = f"{Path(subject.name).stem}, {batch_size} x {seq_len:,} tokens, {dtype}"
+    picture.draw(traces, title + (", checkpointed" if checkpoint else ""), paths)
+    if as_json:
+        _print_json({"files": [str(p) for p in paths]})
+    else:
+        print("\n".join(map(str, paths)))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """What is installed, what is missing, and where things are kept."""
+    found = checks.run_all()
+    if as_json:
+        _print_json([vars(check) for check in found])
+    else:
+        text.print_checks(Console(), found)
+    if any(check.verdict == "missing" for check in found):
+        raise typer.Exit(1)
+
+
+def _traces(subject: Subject) -> dict[str, SimulatedTrace]:
+    traces: dict[str, SimulatedTrace] = {}
+    for backend in _BACKENDS:
+        with _busy(f"simulating a step under {backend}"):
+            traces[backend] = simulate_step(
+                subject.model, *subject.args, backend=backend, **subject.kwargs
+            )
+    return traces
+
+
+def _plain(trace: SimulatedTrace) -> dict[str, Any]:
+    return {
+        "peak_nbytes": trace.peak_nbytes,
+        "peak_intermediate_nbytes": trace.peak_intermediate_nbytes,
+        "grad_nbytes": trace.grad_nbytes,
+        "at_peak": [vars(held) for held in trace.at_peak],
+    }
+
+
+@contextmanager
+def _busy(what: str) -> Iterator[None]:
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(what):
+        yield
+
+
+def _print_json(found: object) -> None:
+    print(json.dumps(found, indent=1))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command; the exit status."""
+    try:
+        app(args=list(arguments), prog_name="mstc")
+    except SystemExit as end:  # every command ends so; mistakes in options have been printed
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except (SubjectError, SimulationError, OptionError) as error:
+        print(f"mstc: {error}", file=sys.stderr)
+        return 2
+    return 0

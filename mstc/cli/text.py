@@ -1,0 +1,112 @@
+"""What the commands print, for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mstc.cli.checks import Check
+from mstc.cli.subject import Subject
+from mstc.report import Report
+from mstc.watch import SimulatedTrace
+
+_AT_PEAK = 8  # rows
+
+
+def size(nbytes: float) -> str:
+    """Bytes with a unit, three digits."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if nbytes >= unit:
+            return (
+                f"{nbytes / unit:.3g} {name}"
+                if nbytes < 1000 * unit
+                else f"{nbytes / unit:,.0f} {name}"
+            )
+    return f"{nbytes:.0f} B"
+
+
+def print_explanation(
+    console: Console,
+    subject: Subject,
+    traces: Mapping[str, SimulatedTrace],
+    report: Report,
+) -> None:
+    """The answer of ``mstc explain``."""
+    console.print(_peaks(traces))
+    for backend, trace in traces.items():
+        console.print(_held(backend, trace))
+    loops = [loop for graph in report.graphs for loop in graph.loops]
+    if loops:
+        table = _table("Loops", "loops", "chunks", "mode", "not whole", "from")
+        for loop in loops:
+            table.add_row(
+                str(loop.count),
+                f"{loop.num_chunks} of {loop.chunk:,}",
+                loop.mode,
+                size(loop.inside_bytes),
+                Text(f"{loop.seed} {loop.source}"),
+            )
+        console.print(table)
+    else:
+        console.print("No loops: the graph goes to Inductor as it is.\n")
+    refusals = [r for graph in report.graphs for r in graph.refusals] + report.refusals
+    if refusals:
+        table = _table("Left whole", "bytes", "what", "why")
+        for refusal in refusals:
+            why = f"{refusal.reason}. {refusal.advice}".rstrip()
+            what = Text(f"{refusal.subject} {refusal.source}".rstrip())
+            table.add_row(size(refusal.nbytes), what, Text(why))
+        console.print(table)
+    for note in (*subject.notes, *dict.fromkeys(report.notes)):
+        console.print(Text(f"note: {note}"))
+
+
+def print_checks(console: Console, checks: Iterable[Check]) -> None:
+    """The answer of ``mstc doctor``."""
+    table = _table("", "", "what", "found")
+    style = {"ok": "green", "optional": "yellow", "missing": "bold red"}
+    for check in checks:
+        table.add_row(Text(check.verdict, style[check.verdict]), check.name, Text(check.found))
+    console.print(table)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title or None, title_justify="left", title_style="bold", box=None)
+    for column in columns:
+        right = column in ("bytes", "loops", "peak", "of it gradients", "intermediate", "not whole")
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    return table
+
+
+def _peaks(traces: Mapping[str, SimulatedTrace]) -> Table:
+    table = _table(
+        "One step, forward and backward, above weights and batch",
+        *("backend", "peak", "intermediate", "of Inductor's"),
+    )
+    base = traces["inductor"].peak_intermediate_nbytes if "inductor" in traces else 0
+    for backend, trace in traces.items():
+        own = trace.peak_intermediate_nbytes
+        ratio = f"{own / base:.2f}x" if base else ""
+        table.add_row(backend, size(trace.peak_nbytes), size(own), ratio)
+    return table
+
+
+def _held(backend: str, trace: SimulatedTrace) -> Table:
+    """Equal values of equal layers share a row."""
+    table = _table(f"At the peak of intermediate memory, {backend}", "bytes", "made by")
+    together: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for held in trace.at_peak:
+        together[held.made_by] += held.nbytes
+        counts[held.made_by] += 1
+    for made_by, nbytes in together.most_common(_AT_PEAK):
+        many = f" x{counts[made_by]}" if counts[made_by] > 1 else ""
+        table.add_row(size(nbytes), Text((made_by or "?") + many))
+    rest = sum(together.values()) - sum(n for _, n in together.most_common(_AT_PEAK))
+    if rest:
+        table.add_row(size(rest), "smaller ones")
+    return table

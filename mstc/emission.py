@@ -1,0 +1,135 @@
+"""Graphs compiled to what Inductor writes, without building a kernel: for simulation.
+
+Inductor compiles a graph to a Python module that allocates buffers, launches kernels and frees
+buffers. Here it writes the same module, of which everything runs but the kernels; called with fake
+tensors, it allocates and frees exactly what it would.
+
+Nothing of it can reach a real run: PyTorch's caches of compiled graphs are off meanwhile, the
+modules are kept out of its table of loaded ones, and a call with real tensors is an error.
+
+Works with torch 2.11 to 2.13.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch._inductor.config as inductor_config
+from torch._inductor.codecache import PyCodeCache  # loads the modules that Inductor writes
+from torch._inductor.compile_fx import compile_fx_inner  # compiles one aten graph
+from torch._subclasses import FakeTensor
+from torch.fx import GraphModule
+
+EMITTED = "mst_emitted"  # name of the modules
+_BUILDER = "async_compile = AsyncCompile()"
+
+
+def emit(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[[list[Any]], Any]:
+    """In the place of `torch._inductor.compile_fx.compile_fx_inner`.
+
+    Returns:
+        a callable as that would return, for fake tensors.
+
+    Raises:
+        whatever Inductor raises; RuntimeError, when the callable is given a real tensor.
+    """
+    with _collected() as modules, inductor_config.patch(fx_graph_cache=False):
+        compile_fx_inner(graph, inputs, **kwargs)
+    module = modules[-1]
+
+    def call(args: list[Any]) -> Any:
+        if any(isinstance(a, torch.Tensor) and not isinstance(a, FakeTensor) for a in args):
+            raise RuntimeError("a graph without kernels was called with a real tensor")
+        return module.call(args)
+
+    call._boxed_call = True  # type: ignore[attr-defined]  # frees its arguments
+    return call
+
+
+@contextmanager
+def _collected() -> Iterator[list[ModuleType]]:
+    """The modules that this thread compiles meanwhile, loaded without kernels."""
+    modules: list[ModuleType] = []
+    own = threading.get_ident()
+    original: Any = PyCodeCache.__dict__["load_by_key_path"]
+
+    def load(cls: type, key: str, path: str, *args: Any, **kwargs: Any) -> ModuleType:
+        if threading.get_ident() != own:
+            return original.__func__(cls, key, path, *args, **kwargs)
+        modules.append(_load(path, kwargs.get("attrs") or {}))
+        return modules[-1]
+
+    PyCodeCache.load_by_key_path = classmethod(load)  # type: ignore[assignment, arg-type]
+    try:
+        yield modules
+    finally:
+        PyCodeCache.load_by_key_path = original
+
+
+def _load(path: str, constants: dict[str, Any]) -> ModuleType:
+    module = ModuleType(EMITTED)
+    module.__file__ = path
+    text = Path(path).read_text()
+    assert _BUILDER in text, "Inductor writes its modules in another way"
+    text = text.replace(_BUILDER, "async_compile = without_kernels")
+    scope = vars(module)
+    scope["without_kernels"] = _Builder()
+    exec(compile(text, path, "exec"), scope)  # what Inductor wrote
+    scope.update({name: stand_in for name, stand_in in _STAND_INS.items() if name in scope})
+    scope.update(constants)
+    return module
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """A kernel, or a check of what a kernel needs."""
+
+
+class _Kernel:
+    run = staticmethod(_nothing)
+    __call__ = staticmethod(_nothing)
+
+
+class _Builder:
+    """In the place of ``AsyncCompile``: every kernel is nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return _nothing if name == "wait" else lambda *_, **__: _Kernel()
+
+
+class _Libraries:
+    """In the place of ``extern_kernels``: products write into the buffer that they are given."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*args: Any, out: torch.Tensor | None = None, **kwargs: Any) -> Any:
+            if out is not None:
+                return out
+            return getattr(torch.ops.aten, name)(*args, **kwargs)
+
+        return call
+
+
+def _empty_on(device: str) -> Callable[..., torch.Tensor]:
+    return lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device=device)
+
+
+def _view(
+    tensor: torch.Tensor, size: Sequence[int], stride: Sequence[int], offset: int = 0
+) -> torch.Tensor:
+    return torch.as_strided(tensor, size, stride, int(tensor.storage_offset()) + offset)
+
+
+_STAND_INS: dict[str, Any] = {  # of names in a module that Inductor writes, which want real memory
+    "assert_size_stride": _nothing,
+    "assert_alignment": _nothing,
+    "copy_if_misaligned": lambda tensor, *_: tensor,
+    "empty_strided_cpu": _empty_on("cpu"),
+    "empty_strided_cuda": _empty_on("cuda"),
+    "reinterpret_tensor": _view,
+    "extern_kernels": _Libraries(),
+}
