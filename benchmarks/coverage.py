@@ -92,7 +92,7 @@ def _compile_and_compare(job: dict[str, Any]) -> _Compiled | dict[str, Any]:
     try:
         subject = architecture.subject(scale)
         if job["mode"] == "bf16":
-            subject = _in_bfloat16(subject)
+            subject = in_bfloat16(subject)
         truth = _Truth(architecture, subject)
         if job["mode"] == "checkpoint":
             zoo.checkpoint(architecture, subject.model)
@@ -103,7 +103,7 @@ def _compile_and_compare(job: dict[str, Any]) -> _Compiled | dict[str, Any]:
     if architecture.experts:
         result["routing"] = _compare_routing(subject, truth, autocast)
 
-    _let_dynamo_compile_everything()
+    let_dynamo_compile_everything()
     steps: dict[str, Callable[[], Tensor]] = {}
     for name in job["contenders"]:
         compiler = _compiler(name, job["lowering"])
@@ -117,7 +117,7 @@ def _compile_and_compare(job: dict[str, Any]) -> _Compiled | dict[str, Any]:
     return _Compiled(subject, steps, result)
 
 
-def _in_bfloat16(subject: models.Subject) -> models.Subject:
+def in_bfloat16(subject: models.Subject) -> models.Subject:
     """Weights and images rounded; the reference starts from the rounded ones."""
     for parameter in subject.model.parameters():
         # Not the buffers: from_pretrained leaves rotary frequencies in float32 too.
@@ -153,7 +153,7 @@ def _compare_routing(subject: models.Subject, truth: _Truth, autocast: bool) -> 
     return {"decisions": true.decisions, "differing": own.differing(true)}
 
 
-def _let_dynamo_compile_everything() -> None:
+def let_dynamo_compile_everything() -> None:
     """No limit is reached, behind which Dynamo would quietly run a model op by op."""
     config: Any = torch._dynamo.config
     config.recompile_limit = 256
@@ -247,7 +247,7 @@ def _shortened(text: str) -> str:
 # --- the run
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit that is measured, with a "+" if the sources have changed since."""
 
     def git(*arguments: str) -> str:
@@ -364,7 +364,7 @@ def main(arguments: list[str]) -> int:
         "scale": asdict(SCALES[options.scale]),
     }
     results = store.load(options.out, header, options.force)
-    records, commit = results["records"], _commit()
+    records, measured = results["records"], commit()
     jobs = dict(_jobs(options))
     todo = {key: job for key, job in jobs.items() if _is_wanted(records.get(key), options)}
     with tempfile.TemporaryDirectory(prefix="mstc-kernels-") as folder:
@@ -377,7 +377,7 @@ def main(arguments: list[str]) -> int:
                 for done in progress:
                     key, found = pending[done], done.result()
                     earlier = records.get(key, {}).get("runs", []) if extend else []
-                    stamp = {"commit": commit, "date": date.today().isoformat()}
+                    stamp = {"commit": measured, "date": date.today().isoformat()}
                     records[key] = stamp | found | {"runs": [*earlier, *_run_of(found)]}
                     store.save(options.out, results)
                     progress.set_postfix_str(key)
@@ -385,7 +385,7 @@ def main(arguments: list[str]) -> int:
                         progress.write(f"{key} {name}: {text}")
 
         measure_all(todo, extend=False)
-        slow = [key for key in jobs if _is_slow(records[key], commit)]
+        slow = [key for key in jobs if _is_slow(records[key], measured)]
         for _ in range(_RUNS - 1):
             again = [key for key in slow if len(records[key]["runs"]) < _RUNS]
             measure_all({key: jobs[key] for key in again}, extend=True)
