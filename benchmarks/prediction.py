@@ -1,0 +1,202 @@
+"""The claim "predicted exactly": simulated peaks beside the measured ones of the coverage table.
+
+    python -m benchmarks.prediction                  # every row; resumes where it stopped
+    python -m benchmarks.prediction --only llama,t5 --redo --jobs 2
+
+`mstc.simulate_step` runs no kernel and builds none; the measured peaks are those in
+benchmarks/results/coverage-cpu.json (benchmarks/coverage.py), of the same sizes, contenders and
+options. Per architecture one fresh process. Results go to benchmarks/results/prediction-cpu.json,
+and docs/prediction.md is made of them.
+"""
+
+import argparse
+import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any, cast
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import coverage, measure, models, store, zoo
+from benchmarks.table import table
+from mstc.errors import SimulationError
+from mstc.simulate import Backend, Simulation
+
+RESULTS = measure.ROOT / "benchmarks" / "results" / "prediction-cpu.json"
+PAGE = measure.ROOT / "docs" / "prediction.md"
+BACKENDS: tuple[Backend, ...] = ("inductor", "mst")
+_WITHIN = 0.05
+_SHOWN = 0.001  # of the measured peak: rows that are further off are listed
+_TIMEOUT_S = 1800
+
+
+def rows(job: dict[str, Any]) -> dict[str, Any]:
+    """One architecture in all its modes: mode -> backend -> what was found."""
+    coverage.let_dynamo_compile_everything()
+    name = job["architecture"]
+    return {
+        mode: {backend: _simulated(name, mode, backend) for backend in BACKENDS}
+        for mode in coverage.modes_of(name)
+    }
+
+
+def _simulated(name: str, mode: str, backend: Backend) -> dict[str, Any]:
+    architecture = zoo.ZOO[name]
+    torch._dynamo.reset()
+    begin = time.perf_counter()
+    try:
+        subject = _subject(architecture, mode)
+        with Simulation(subject.model, subject.batch) as simulation:
+            compiled = architecture.compile(
+                subject.model, lambda part: simulation.compile(part, backend)
+            )
+            step = measure.training_step(compiled, simulation.batch, mode == "autocast")
+            trace = simulation.trace(step)
+    except (SimulationError, zoo.Unavailable) as reason:
+        return {"refused": str(reason)}
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {error}"[:500]}
+    seconds = round(time.perf_counter() - begin, 1)
+    return {"peak_intermediate_nbytes": trace.peak_intermediate_nbytes, "seconds": seconds}
+
+
+def _subject(architecture: zoo.Architecture, mode: str) -> models.Subject:
+    subject = architecture.subject(zoo.ROW)
+    if mode == "bf16":
+        subject = coverage.in_bfloat16(subject)
+    if mode == "checkpoint":
+        zoo.checkpoint(architecture, subject.model)
+    return subject
+
+
+def page(results: dict[str, Any], measured: dict[str, Any]) -> str:
+    """docs/prediction.md."""
+    off: dict[str, list[tuple[float, str]]] = {backend: [] for backend in BACKENDS}
+    without: list[str] = []
+    for name, modes in results["records"].items():
+        for mode, found in modes["modes"].items():
+            contenders = measured["records"][f"{name}/{mode}"]["contenders"]
+            for backend, one in found.items():
+                real = contenders[backend].get("peak_intermediate_nbytes")
+                if real is None or "peak_intermediate_nbytes" not in one:
+                    why = one.get("refused") or one.get("failed") or "it was not measured"
+                    without.append(f"* {name}/{mode}, {backend}: {why}")
+                else:
+                    off[backend].append(
+                        (one["peak_intermediate_nbytes"] / real - 1, f"{name}/{mode}")
+                    )
+    lines = [_summary_line(backend, found) for backend, found in off.items()]
+    header = ("backend", "rows", "equal to the byte", "median error", "worst error")
+    header += (f"within {_WITHIN:.0%}",)
+    listed = [
+        (row, backend, f"{error:+.2%}")
+        for backend, found in off.items()
+        for error, row in sorted(found, key=lambda one: -abs(one[0]))
+        if abs(error) > _SHOWN
+    ]
+    seconds = [
+        one["seconds"]
+        for modes in results["records"].values()
+        for found in modes["modes"].values()
+        for one in found.values()
+        if "seconds" in one
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return _PAGE.format(
+        where=f"{results['device']}; {versions}; {results['date']}",
+        summary=table(header, lines),
+        seconds=f"{median(seconds):.1f}" if seconds else "?",
+        shown=f"{_SHOWN:.1%}",
+        off=table(("row", "backend", "error"), listed) if listed else "None.",
+        without="\n".join(without) or "None.",
+    )
+
+
+def _summary_line(backend: str, found: list[tuple[float, str]]) -> list[str]:
+    sizes = [abs(error) for error, _ in found]
+    worst, row = max(((abs(error), row) for error, row in found), default=(0.0, ""))
+    return [
+        backend,
+        str(len(found)),
+        str(sum(size == 0 for size in sizes)),
+        f"{median(sizes):.2%}" if sizes else "",
+        f"{worst:.2%} ({row})" if worst else "0",
+        str(sum(size <= _WITHIN for size in sizes)),
+    ]
+
+
+_PAGE = """\
+# Predicted peaks
+
+`mstc.simulate_step` says how much intermediate memory a training step takes, and runs nothing of
+it. Here its answer stands beside what the allocator counted, for every row of the
+[coverage table](coverage.md). Made by `python -m benchmarks.prediction`; {where}.
+
+{summary}
+
+A simulation took {seconds} s (median), as long as compiling without building kernels does.
+
+## Further off than {shown}
+
+{off}
+
+What a simulation cannot see is memory that a kernel takes while it runs: scratch of a convolution
+or of an attention kernel.
+
+## Rows without a prediction, or without a measured peak
+
+{without}
+"""
+
+
+def main(arguments: list[str]) -> int:
+    if measure.serve(rows, arguments):
+        return 0
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.prediction", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument(
+        "--only", type=lambda t: t.split(","), default=list(zoo.ZOO), metavar="NAME,..."
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="architectures at once")
+    parser.add_argument("--redo", action="store_true", help="also rows that the results have")
+    parser.add_argument("--force", action="store_true", help="drop results of other versions")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.only) - set(zoo.ZOO):
+        parser.error(f"unknown: {', '.join(sorted(unknown))} (known: {', '.join(zoo.ZOO)})")
+    header = measure.environment("cpu") | {"date": date.today().isoformat()}
+    results = store.load(RESULTS, header, options.force)
+    records = results["records"]
+    todo = [name for name in options.only if options.redo or name not in records]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        pending = {pool.submit(_fresh, name): name for name in todo}
+        for done in tqdm(as_completed(pending), total=len(pending), unit="architecture"):
+            commit = coverage.commit()
+            records[pending[done]] = {"commit": commit, "modes": done.result()}
+            store.save(RESULTS, results)
+    order = {name: records[name] for name in zoo.ZOO if name in records}
+    results["records"] = order
+    store.save(RESULTS, results)
+    measured = json.loads(Path(coverage.RESULTS).read_text())
+    PAGE.write_text(page(results, measured))
+    print(page(results, measured).split("\n\n")[2])
+    return 0
+
+
+def _fresh(name: str) -> dict[str, Any]:
+    job = {"architecture": name}
+    try:
+        found = measure.run_fresh("benchmarks.prediction", job, timeout_s=_TIMEOUT_S)
+    except measure.WorkerFailed as problem:
+        lost = {"failed": str(problem)[-300:]}
+        found = {mode: dict.fromkeys(BACKENDS, lost) for mode in coverage.modes_of(name)}
+    return cast("dict[str, Any]", found)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
