@@ -28,6 +28,7 @@ from mstc.options import Options  # noqa: E402
 from mstc.report import Report  # noqa: E402
 from mstc.runtime.memory import measure_peak  # noqa: E402
 from mstc.simulate import simulate_step  # noqa: E402
+from mstc.version import VERSION  # noqa: E402
 
 __all__ = [
     "DeferredOutputError",
@@ -40,7 +41,7 @@ __all__ = [
     "mst_backend",
     "simulate_step",
 ]
-__version__ = "0.1.0"
+__version__ = VERSION
 
 if "mst" not in list_backends(exclude_tags=()):
     register_backend(mst_backend, name="mst")

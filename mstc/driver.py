@@ -43,7 +43,8 @@ from passes.defer import DeferResult, defer_outputs
 from passes.grouped import replace_grouped
 from passes.liveness import tangent_nodes
 from passes.open import Opening, open_inputs
-from passes.plan import AT_PEAK, PlanOptions
+from passes.plan import AT_PEAK, PlanOptions, matching
+from passes.records import FixedLoop, Plan
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,15 @@ def _fall_back(error: Exception, report: Report) -> None:
     )
 
 
+def _missing(fixed: Sequence[FixedLoop] | None, plan: Plan) -> list[str]:
+    """What a given plan has and this graph has not."""
+    made = {matching(loop.region, fixed or ()) for loop in plan.loops}
+    missing = [str(loop) for loop in fixed or () if loop not in made]
+    if not missing:
+        return []
+    return [f"the given plan has loops that this graph does not have: {'; '.join(missing)}"]
+
+
 class ChunkPass(CustomGraphPass):
     """Our place in Inductor: sees every joint graph, and every inference graph, before it does
     anything to it."""
@@ -95,6 +105,7 @@ class ChunkPass(CustomGraphPass):
         self.report = report
         self.is_record = is_record  # of what eager code does to deferred outputs
         self.has_run = False
+        self.fixed = None if is_record else options.fixed_loops  # a plan is made of models
         self.calls: list[Call] = []  # loops of fixed sizes, whose bodies can be compiled ahead
 
     def uuid(self) -> object:
@@ -115,6 +126,7 @@ class ChunkPass(CustomGraphPass):
             min_peak_bytes=self.options.min_peak_bytes,
             chunk_rows=self.options.chunk_rows,
             gradient_in_forward=self.options.gradient_in_forward,
+            fixed=self.fixed,
         )
 
     def __call__(self, graph: Graph) -> None:
@@ -139,6 +151,7 @@ class ChunkPass(CustomGraphPass):
             for loop in planned.chunked.loops:
                 history.name_body(loop.body.spec, subject_of(loop.plan.region.seed))
             self.calls += [c for loop in planned.chunked.loops if (c := _call(loop.node))]
+        self.report.notes += _missing(self.fixed, planned.plan)
         least = AT_PEAK * planned.plan.before.peak_bytes
         self.report.refusals = [r for r in self.report.refusals if r.nbytes >= least]
         entry = graph_report(planned.plan, training=bool(tangent_nodes(graph)))

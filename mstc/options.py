@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from mstc.errors import OptionError
 from mstc.inductor import inductor_option_type, known_inductor_options, mode_options
+from mstc.plans import loops_of, read_plan
+from passes.records import FixedLoop
 
 _LOWERINGS = ("inductor", "eager")
 
@@ -53,8 +57,17 @@ class Options:
     min_deferred_bytes: int = 2**20
     """Bytes of the smallest output that is deferred."""
 
+    plan: str | None = None
+    """A file that `Report.save_plan` wrote: its loops are made, and none is planned. Here, what is
+    in it, as text: a plan is part of what names a compiled graph."""
+
     inductor: Mapping[str, object] = field(default_factory=dict)
     """Options that were Inductor's; filled from ``options=`` and ``mode=``."""
+
+    @property
+    def fixed_loops(self) -> tuple[FixedLoop, ...] | None:
+        """The loops of the plan, if there is one."""
+        return None if self.plan is None else loops_of(json.loads(self.plan), "")
 
     def body_config(self) -> dict[str, object]:
         """Inductor's options for loop bodies: not the user's graph passes, which are for the whole
@@ -88,6 +101,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "gradient_in_forward": (bool,),
     "defer_outputs": (bool,),
     "min_deferred_bytes": (int,),
+    "plan": (str, os.PathLike, type(None)),
 }
 
 
@@ -104,8 +118,8 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None) -> Option
         mode: the ``mode=`` string, Inductor's meaning.
 
     Raises:
-        OptionError: an unknown key, a wrong type, an impossible value, an unknown mode. The message
-            names the known ones.
+        OptionError: an unknown key, a wrong type, an impossible value, an unknown mode (the message
+            names the known ones), or a plan that cannot be read.
     """
     own: dict[str, Any] = {}
     inductor: dict[str, object] = {}
@@ -125,6 +139,8 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None) -> Option
                 raise OptionError(f'options["{key}"] is {value!r}; it must be of type {names}.')
             if key == "lowering" and value not in _LOWERINGS:
                 raise OptionError(_wrong_lowering(value))
+            if key == "plan" and value is not None:
+                value = json.dumps([dataclasses.asdict(f) for f in read_plan(str(value))])
             own[key] = value
         elif (name := str(key).replace("-", "_")) in known_inductor:
             wanted = inductor_option_type(name)

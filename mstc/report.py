@@ -11,11 +11,13 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from torch.fx import Node
 
-from passes.records import Plan, Refusal, Rewrite
+from mstc.plans import write_plan
+from passes.records import FixedLoop, Mode, Plan, Refusal, Rewrite
 from passes.source import op_name, source_of
 
 _TABLE_ROWS = 12
@@ -77,6 +79,23 @@ class Report:
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
+
+    def fixed_loops(self) -> tuple[FixedLoop, ...]:
+        """The plan: the loops of all graphs, equal ones once."""
+        found = (
+            FixedLoop(loop.seed, loop.source, cast("Mode", loop.mode), loop.axis_length, loop.chunk)
+            for graph in self.graphs
+            for loop in graph.loops
+        )
+        return tuple(dict.fromkeys(found))
+
+    def save_plan(self, path: str | Path) -> None:
+        """Write the loops to a file, for ``options={"plan": path}``.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        write_plan(self.fixed_loops(), path)
 
     @staticmethod
     def from_json(entry: Mapping[str, Any]) -> Report:

@@ -41,6 +41,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.fx import GraphModule
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mstc.driver import compile_graph
@@ -48,6 +49,7 @@ from mstc.errors import SimulationError
 from mstc.explain import as_fake, on_fakes, plain
 from mstc.inductor import compile_outer, forgotten_frames
 from mstc.options import parse_options
+from mstc.runtime.loop import counters
 from mstc.watch import SimulatedTrace, Watch
 
 Backend = Literal["mst", "inductor", "eager"]
@@ -111,11 +113,14 @@ def loss_of(output: Any) -> Tensor:
 
 
 class Simulation:
-    """A model and a batch as fake tensors, for steps of any form; a context manager."""
+    """A model and a batch as fake tensors, for steps of any form; a context manager.
 
-    def __init__(self, model: nn.Module, batch: Any) -> None:
+    Simulations that are entered at the same time need one mode, `FakeTensorMode`, in common.
+    """
+
+    def __init__(self, model: nn.Module, batch: Any, mode: FakeTensorMode | None = None) -> None:
         self.model = model
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
         self.batch: Any = tree_map_only(Tensor, lambda t: as_fake(t, self._mode), batch)
         self._context = self._entered()
 
@@ -132,10 +137,22 @@ class Simulation:
         with forgotten_frames(), apart, on_fakes(self.model, self._mode), self._mode:
             yield
 
+    def fake(self, make_batch: Callable[[], Any]) -> Any:
+        """Another batch, made of tensors on any device, as fake tensors."""
+        with _disable_current_modes():
+            batch = make_batch()
+        return tree_map_only(Tensor, lambda t: as_fake(t, self._mode), batch)
+
     def compile(
-        self, model: Callable[..., Any], backend: Backend, options: dict[str, Any] | None = None
+        self,
+        model: Callable[..., Any],
+        backend: Backend,
+        options: dict[str, Any] | None = None,
+        *,
+        dynamic: bool | None = False,
     ) -> Callable[..., Any]:
-        """`model`, or a part of it, as the backend would compile it, for fake tensors."""
+        """`model`, or a part of it, as the backend would compile it, for fake tensors; `dynamic` as
+        for ``torch.compile``."""
         if backend == "eager":
             return model
         parsed = dataclasses.replace(parse_options(options, None), lowering="emit")
@@ -145,10 +162,11 @@ class Simulation:
                 return compile_graph(gm, inputs, parsed)
             return compile_outer(gm, inputs, None, parsed.inductor, build=False)
 
-        return torch.compile(model, backend=compiler, dynamic=False)
+        return torch.compile(model, backend=compiler, dynamic=dynamic)
 
     def trace(self, step: Callable[[], object]) -> SimulatedTrace:
-        """Run a step that leaves gradients, once to compile it, and once to watch.
+        """Run a step that leaves gradients, once to compile it, and once to watch (once more if
+        bodies were compiled meanwhile: those of loops whose sizes are left open).
 
         Raises:
             SimulationError: as for `simulate_step`.
@@ -156,16 +174,23 @@ class Simulation:
         try:
             self._without_gradients()
             step()
-            self._without_gradients()
-            watch = Watch(self._own())
-            with watch:
-                step()
+            watch = self._watched(step)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise SimulationError(
                 f"the model reads a value ({error.func}), which only a real run has."
             ) from error
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         return watch.summary(gradients)
+
+    def _watched(self, step: Callable[[], object]) -> Watch:
+        while True:
+            self._without_gradients()
+            before = counters.bodies_compiled
+            watch = Watch(self._own())
+            with watch:
+                step()
+            if counters.bodies_compiled == before:
+                return watch
 
     def _without_gradients(self) -> None:
         for parameter in self.model.parameters():

@@ -14,6 +14,9 @@ Algorithm
        model that may be one: what the layer makes is then small beside what all layers keep.
     5. Keep the plan only if the predicted peak falls by at least `MIN_GAIN`.
 
+A plan that is given (`fixed`) is carried out instead: every region that one of its loops was made
+of, in that mode and with that chunk.
+
 Chunk sizes are in positions of the loop axis; `min_rows` is in rows of the matrix products (tokens
 of all sequences).
 """
@@ -21,7 +24,7 @@ of all sequences).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch.fx import Graph, Node
@@ -32,7 +35,16 @@ from passes.body import Body, BodyError
 from passes.chunk import ChunkedGraph, UnorderedLoops, chunk_graph, mutated_inputs
 from passes.liveness import analyze_liveness, saved_values, tangent_nodes
 from passes.modes import Bodies, gradient_in_forward, recompute
-from passes.records import Liveness, LoopPlan, Plan, Refusal, Region, Rewrite
+from passes.records import (
+    FixedLoop,
+    Liveness,
+    LoopPlan,
+    Mode,
+    Plan,
+    Refusal,
+    Region,
+    Rewrite,
+)
 from passes.source import hint, nbytes, op_name, source_of
 
 TRANSIENT_SHARE = 0.10  # of the peak that stays, how much a chunk may add
@@ -52,6 +64,7 @@ class PlanOptions:
     min_peak_bytes: int  # predicted peak below which a graph is left untouched
     chunk_rows: int | None = None  # rows per chunk, instead of the planner's choice
     gradient_in_forward: bool = True  # False: always recompute
+    fixed: tuple[FixedLoop, ...] | None = None  # these loops, and no planning
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,14 @@ def _kind(region: Region) -> object:
     """What equal layers have in common."""
     seed = region.seed
     return op_name(seed), source_of(seed), nbytes(seed.meta["val"]), bool(region.backward)
+
+
+def matching(region: Region, fixed: Sequence[FixedLoop]) -> FixedLoop | None:
+    """The loop of a plan that was made of such a region; one of the same length, if there is."""
+    key = op_name(region.seed), source_of(region.seed)
+    found = [f for f in fixed if (f.seed, f.source) == key]
+    same = [f for f in found if f.axis_length == region.length]
+    return next(iter(same or found), None)
 
 
 def even_chunk(length: int, wanted: int, least: int) -> int:
@@ -139,6 +160,8 @@ class _Planner:
     def run(self) -> Planned:
         before = analyze_liveness(self.facts.original)
         start = before.peak_bytes - before.gradient_bytes
+        if self.options.fixed is not None:
+            return self.replay(before, start, self.options.fixed)
         if before.peak_bytes < self.options.min_peak_bytes:
             return self.untouched(before, start)
         chosen: dict[LoopPlan, Bodies] = {}
@@ -174,6 +197,31 @@ class _Planner:
         )
         return Planned(plan, chunked)
 
+    def replay(self, before: Liveness, start: int, fixed: Sequence[FixedLoop]) -> Planned:
+        """The loops of an earlier plan, as far as this graph has them."""
+        chosen: dict[LoopPlan, Bodies] = {}
+        for region in self.regions:
+            wanted = matching(region, fixed)
+            prepared = None if wanted is None else self.prepare(region, wanted.mode)
+            if wanted is None or prepared is None:
+                continue
+            plan, bodies = prepared
+            if plan.mode != wanted.mode:
+                self.refuse(region, f"the plan wants {wanted.mode}, which is not proven right here")
+                continue
+            chunk = min(wanted.chunk, region.length)
+            number = math.ceil(region.length / chunk)
+            chosen[replace(plan, chunk=chunk, num_chunks=number)] = bodies
+        if not chosen and not self.facts.rewrites:
+            return self.untouched(before, start)
+        chunked = self.rewrite(chosen)
+        now = self.with_bodies(chunked)
+        after = now.peak_bytes - now.gradient_bytes
+        plan = Plan(
+            tuple(chosen), self.facts.rewrites, self.relevant(before), start, after, before, now
+        )
+        return Planned(plan, chunked)
+
     def untouched(self, before: Liveness, start: int) -> Planned:
         return Planned(Plan((), (), self.relevant(before), start, start, before, before), None)
 
@@ -201,12 +249,12 @@ class _Planner:
         limit = AT_PEAK * now.peak_bytes
         return [r for r in regions if own[r] and together[_kind(r)] >= limit]
 
-    def prepare(self, region: Region) -> tuple[LoopPlan, Bodies] | None:
-        """The bodies of a region, or a refusal."""
+    def prepare(self, region: Region, mode: Mode | None = None) -> tuple[LoopPlan, Bodies] | None:
+        """The bodies of a region, in the best mode (or in `mode`, if it can), or a refusal."""
         foreign = frozenset(n for r in self.regions if r is not region for n in r.nodes)
         try:
             bodies = None
-            if self.options.gradient_in_forward:
+            if self.options.gradient_in_forward and mode != "recompute":
                 bodies = gradient_in_forward(region, self.axes, self.tangent, foreign)
             bodies = bodies or recompute(region, self.axes, self.tangent, self.saved, foreign)
         except BodyError as error:

@@ -7,7 +7,7 @@ loop, `Refusal` why something may not, `LoopPlan` and `Plan` what will be done.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from torch.fx import Node
 
@@ -115,6 +115,24 @@ class LoopPlan:
     def __post_init__(self) -> None:
         assert self.chunk >= 1
         assert self.num_chunks >= 1
+
+
+@dataclass(frozen=True)
+class FixedLoop:
+    """A loop of an earlier plan, to be made again."""
+
+    seed: str  # op of the widest node
+    source: str  # "file:line  code" of the user
+    mode: Mode
+    axis_length: int  # positions, when it was planned
+    chunk: int  # positions
+
+    def __post_init__(self) -> None:
+        assert self.chunk >= 1
+        assert self.mode in get_args(Mode)
+
+    def __str__(self) -> str:
+        return f"{self.seed} at {self.source}" if self.source else self.seed
 
 
 @dataclass(frozen=True)

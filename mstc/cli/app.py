@@ -1,11 +1,12 @@
 """The commands and their options; what they print is made in `mstc.cli.text`.
 
 Results go to stdout, progress and errors to stderr. Exit status: 0, or 1 when `doctor` finds
-something missing, 2 for a mistake of the user's (one line says which).
+something missing or `diff` a difference, 2 for a mistake of the user's (one line says which).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,8 @@ import typer
 from rich.console import Console
 
 import mstc
-from mstc.cli import checks, text
+from mstc import plans
+from mstc.cli import checks, fit, text
 from mstc.cli.subject import Subject, SubjectError, Wanted, load_subject
 from mstc.errors import OptionError, SimulationError
 from mstc.simulate import Backend, simulate_step
@@ -58,19 +60,72 @@ def explain(
     batch_size: BatchSize = 1,
     dtype: Dtype = "bf16",
     checkpoint: Checkpoint = False,
+    save_plan: Annotated[
+        Path | None, typer.Option("--save-plan", help="Write the loops to a file, to be replayed.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Where the memory of a training step goes, what becomes a loop, and what does not, and why."""
     subject = load_subject(model, Wanted(seq_len, batch_size, dtype, checkpoint))
     with _busy("reading the model's graph"):
-        report = mstc.explain(subject.model, *subject.args, **subject.kwargs)
+        args, kwargs = subject.batch_of(seq_len)
+        report = mstc.explain(subject.model, *args, **kwargs)
     traces = _traces(subject)
+    if save_plan is not None:
+        _save_plan(report, save_plan)
     if as_json:
         found = {"model": model, "seq_len": seq_len, "batch_size": batch_size, "dtype": dtype}
         found |= {"checkpoint": checkpoint, "peaks": {b: _plain(t) for b, t in traces.items()}}
         _print_json(found | {"report": json.loads(report.to_json())})
         return
     text.print_explanation(Console(), subject, traces, report)
+
+
+@app.command()
+def diff(
+    before: Annotated[Path, typer.Argument(metavar="PLAN")],
+    after: Annotated[Path, typer.Argument(metavar="PLAN")],
+    as_json: AsJson = False,
+) -> None:
+    """What changed from one plan to another; status 1 if anything did."""
+    changes = plans.differences(plans.read_plan(before), plans.read_plan(after))
+    if as_json:
+        _print_json([vars(change) for change in changes])
+    else:
+        text.print_changes(Console(), changes)
+    if changes:
+        raise typer.Exit(1)
+
+
+def _save_plan(report: mstc.Report, path: Path) -> None:
+    try:
+        report.save_plan(path)
+    except OSError as error:
+        raise SubjectError(f"--save-plan {path}: {error.strerror}.") from error
+
+
+@app.command("fit")
+def fit_command(
+    model: Model,
+    memory: Annotated[str, typer.Option("--memory", "-m", help="Of the device: 80GiB, 24GB.")],
+    batch_size: BatchSize = 1,
+    dtype: Dtype = "bf16",
+    optimizer: Annotated[str, typer.Option(help="none, sgd, momentum or adamw.")] = "adamw",
+    as_json: AsJson = False,
+) -> None:
+    """The longest sequence that fits: as it is, checkpointed, and under mst."""
+    room = fit.parse_bytes(memory)
+    if optimizer not in fit.OPTIMIZERS:
+        raise SubjectError(f"--optimizer {optimizer}: one of {', '.join(fit.OPTIMIZERS)}.")
+    wanted = Wanted(1, batch_size, dtype)
+    found: list[fit.Fit] = []
+    for way in fit.WAYS:
+        with _busy(f"simulating {way.name}"):
+            found.append(fit.fit(model, room, wanted, way, optimizer))
+    if as_json:
+        _print_json([dataclasses.asdict(one) for one in found])
+    else:
+        text.print_fits(Console(), found, room, optimizer)
 
 
 @app.command()
@@ -115,11 +170,10 @@ def doctor(as_json: AsJson = False) -> None:
 
 def _traces(subject: Subject) -> dict[str, SimulatedTrace]:
     traces: dict[str, SimulatedTrace] = {}
+    args, kwargs = subject.batch_of(subject.seq_len)
     for backend in _BACKENDS:
         with _busy(f"simulating a step under {backend}"):
-            traces[backend] = simulate_step(
-                subject.model, *subject.args, backend=backend, **subject.kwargs
-            )
+            traces[backend] = simulate_step(subject.model, *args, backend=backend, **kwargs)
     return traces
 
 

@@ -16,7 +16,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,9 @@ class SubjectError(Exception):
     """MODEL, or what goes with it, cannot be used; the message is one line for the user."""
 
 
+Batch = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
+
+
 @dataclass(frozen=True)
 class Wanted:
     """The batch and precision that the user asked for."""
@@ -47,6 +50,7 @@ class Wanted:
     batch_size: int = 1
     dtype: str = "bf16"  # of weights, a key of `DTYPES`
     checkpoint: bool = False  # every layer computed again in the backward
+    num_layers: int | None = None  # of a configuration, instead of its own; None: all
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -63,9 +67,19 @@ class Subject:
 
     name: str
     model: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    batch_of: Callable[[int], Batch]  # tokens per sequence -> arguments of the model
+    seq_len: int
+    num_layers: int | None = None  # of a configuration whose layers may be fewer; else None
+    period: int = 1  # layers after which their kinds repeat
     notes: tuple[str, ...] = ()  # what was changed so that the batch fits
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        return self.batch_of(self.seq_len)[0]
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        return self.batch_of(self.seq_len)[1]
 
 
 def load_subject(model: str, wanted: Wanted) -> Subject:
@@ -89,6 +103,24 @@ def _from_script(path: Path, function: str, wanted: Wanted) -> Subject:
     if not path.is_file():
         raise SubjectError(f"{path}: there is no such file.")
     build = _function(path, function)
+    made = _build(build, path, function, wanted)
+
+    def batch_of(seq_len: int) -> Batch:
+        same = seq_len == wanted.seq_len
+        one = made if same else _build(build, path, function, replace(wanted, seq_len=seq_len))
+        batch = one[1]
+        if isinstance(batch, dict):
+            return (), batch
+        return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), {}
+
+    if wanted.checkpoint:
+        _checkpoint(made[0])
+    return Subject(f"{path}:{function}", made[0].train(), batch_of, wanted.seq_len)
+
+
+def _build(
+    build: Callable[..., Any], path: Path, function: str, wanted: Wanted
+) -> tuple[nn.Module, Any]:
     names = ("seq_len", "batch_size", "dtype")
     values = {n: getattr(wanted, n) for n in names} | {"dtype": DTYPES[wanted.dtype]}
     parameters = inspect.signature(build).parameters
@@ -103,13 +135,7 @@ def _from_script(path: Path, function: str, wanted: Wanted) -> Subject:
         raise SubjectError(
             f"{path}:{function} returned {type(made).__name__}; it must return (model, batch)."
         )
-    net, batch = made
-    if wanted.checkpoint:
-        _checkpoint(net)
-    if isinstance(batch, dict):
-        return Subject(f"{path}:{function}", net.train(), (), batch)
-    args = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-    return Subject(f"{path}:{function}", net.train(), args, {})
+    return made
 
 
 def _function(path: Path, name: str) -> Callable[..., Any]:
@@ -153,6 +179,9 @@ def _from_config(name: str, wanted: Wanted) -> Subject:
     if isinstance(most, int) and most < wanted.seq_len:
         text.max_position_embeddings = wanted.seq_len
         notes.append(f"max_position_embeddings raised from {most:,} to {wanted.seq_len:,}")
+    depth, period = _layers(config, text)
+    if wanted.num_layers is not None:
+        _shorten(text, depth or 0, wanted.num_layers)
     if wanted.checkpoint and hasattr(text, "use_cache"):
         text.use_cache = False  # transformers would warn, and switch it off
     kind = _class(config, transformers)
@@ -161,10 +190,34 @@ def _from_config(name: str, wanted: Wanted) -> Subject:
             model = kind._from_config(config, dtype=DTYPES[wanted.dtype])
     except Exception as error:  # whatever a configuration makes the library raise
         raise SubjectError(f"{name}: {kind.__name__} cannot be made: {_one_line(error)}") from error
-    batch = _batch(kind.__name__, config, wanted)
+
+    def batch_of(seq_len: int) -> Batch:
+        return (), _batch(kind.__name__, config, replace(wanted, seq_len=seq_len))
+
+    batch_of(wanted.seq_len)  # or there is none for such a model
     if wanted.checkpoint:
         _checkpoint(model)
-    return Subject(name, model.train(), (), batch, tuple(notes))
+    return Subject(name, model.train(), batch_of, wanted.seq_len, depth, period, tuple(notes))
+
+
+def _layers(config: Any, text: Any) -> tuple[int | None, int]:
+    """How many layers there are, and after how many their kinds repeat; None where one number does
+    not say it."""
+    depth = getattr(text, "num_hidden_layers", None)
+    if getattr(config, "is_encoder_decoder", False) or not isinstance(depth, int):
+        return None, 1
+    kinds = [v for v in vars(text).values() if isinstance(v, list) and len(v) == depth]
+    for period in range(1, depth):
+        if all(v[i] == v[i - period] for v in kinds for i in range(period, depth)):
+            return depth, period
+    return depth, max(depth, 1)
+
+
+def _shorten(text: Any, depth: int, num_layers: int) -> None:
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == depth:
+            setattr(text, name, value[:num_layers])
+    text.num_hidden_layers = num_layers
 
 
 def _config(name: str, transformers: Any) -> Any:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from mstc.cli.checks import Check
+from mstc.cli.fit import WAYS, Fit
 from mstc.cli.subject import Subject
+from mstc.plans import Change
 from mstc.report import Report
 from mstc.watch import SimulatedTrace
 
 _AT_PEAK = 8  # rows
+_RIGHT = {"bytes", "loops", "peak", "intermediate", "not whole", "tokens", "step", "state"}
+
+
+_ASSUMED = """\
+step: the peak of forward and backward, gradients included. state: weights and the states of \
+{optimizer}, in the weights' dtype. mst with options={options}. Simulated from the code that \
+Inductor writes for a CPU; no CUDA context, fragmentation or communication is in it."""
 
 
 def size(nbytes: float) -> str:
@@ -65,6 +74,30 @@ def print_explanation(
         console.print(Text(f"note: {note}"))
 
 
+def print_changes(console: Console, changes: Sequence[Change]) -> None:
+    """The answer of ``mstc diff``."""
+    if not changes:
+        console.print("The plans are the same.")
+        return
+    table = _table("", "loop of", "before", "after")
+    for change in changes:
+        table.add_row(Text(change.loop), change.before or "none", change.after or "none")
+    console.print(table)
+
+
+def print_fits(console: Console, fits: Sequence[Fit], memory: int, optimizer: str) -> None:
+    """The answer of ``mstc fit``."""
+    title = f"The longest sequence in {size(memory)}"
+    table = _table(title, "training with", "tokens", "of the first", "step", "state")
+    base = fits[0].seq_len
+    for one in fits:
+        ratio = f"{one.seq_len / base:.1f}x" if one.seq_len and base else ""
+        tokens = f"{one.seq_len:,}" if one.seq_len else "none"
+        table.add_row(one.way.name, tokens, ratio, size(one.step_nbytes), size(one.state_nbytes))
+    console.print(table)
+    console.print(Text(_ASSUMED.format(optimizer=optimizer, options=WAYS[-1].options)))
+
+
 def print_checks(console: Console, checks: Iterable[Check]) -> None:
     """The answer of ``mstc doctor``."""
     table = _table("", "", "what", "found")
@@ -77,7 +110,7 @@ def print_checks(console: Console, checks: Iterable[Check]) -> None:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title or None, title_justify="left", title_style="bold", box=None)
     for column in columns:
-        right = column in ("bytes", "loops", "peak", "of it gradients", "intermediate", "not whole")
+        right = column in _RIGHT
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     return table
 

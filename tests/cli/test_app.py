@@ -85,6 +85,27 @@ def test_explain_as_json(script: str, capsys: pytest.CaptureFixture[str]) -> Non
         assert sum(h["nbytes"] for h in entry["at_peak"]) == entry["peak_intermediate_nbytes"]
 
 
+def test_plans(script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Saved, compared with itself and with another; where it cannot be written, one line."""
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    explain = ["explain", f"{script}:as_tuple", "--seq-len=1024", "--save-plan"]
+    assert run([*explain, str(one)]) == 0
+    entry = json.loads(one.read_text())
+    assert len(entry["loops"]) == 1
+    assert run(["diff", str(one), str(one)]) == 0
+    assert "the same" in capsys.readouterr().out
+    entry["loops"][0]["chunk"] += 1
+    two.write_text(json.dumps(entry))
+    assert run(["diff", str(one), str(two), "--json"]) == 1
+    (change,) = json.loads(capsys.readouterr().out)
+    assert change["before"] != change["after"]
+    assert run(["diff", str(one), str(two)]) == 1
+    assert run(["diff", str(one), str(tmp_path / "no.json")]) == 2
+    assert "No such file" in capsys.readouterr().err
+    assert run([*explain, str(tmp_path / "no" / "plan.json")]) == 2
+    assert "--save-plan" in capsys.readouterr().err
+
+
 def test_plot(script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "step.svg"
     assert run(["plot", f"{script}:as_tuple", "--seq-len", "1024", "--out", str(out)]) == 0

@@ -1,0 +1,234 @@
+"""The longest sequence that fits into a given memory, for several ways of training.
+
+Terms
+    state     weights, optimizer state; gradients are in the step's peak.
+    step      what `mstc.simulate` finds: gradients, saved values, and what stands at the peak.
+
+Algorithm
+    1. A configuration of many equal layers is simulated with few of them, at two depths. Peaks
+       early in the step (saved values of all layers, few gradients) and late (all gradients, no
+       saved values) are linear in the number of layers each; the larger one counts.
+    2. The step is compiled once per depth with the sequence length left open, and simulated at
+       lengths that close in on the longest that fits.
+
+What it assumes: code as Inductor writes it for a CPU (kernels on a GPU fuse much alike; its
+attention kernels keep statistics a little larger); nothing for the CUDA context, for fragmentation,
+for communication. Chunks have the fewest rows that keep a GPU busy, so that the answer does not
+depend on the planner's choice for one length.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from mstc.cli.subject import Subject, SubjectError, Wanted, load_subject
+from mstc.simulate import Backend, Simulation, loss_of
+from mstc.watch import SimulatedTrace
+
+CHUNK_ROWS = 2048  # of every loop: the fewest at which a GPU is busy
+OPTIMIZERS = {"none": 0, "sgd": 0, "momentum": 1, "adamw": 2}  # states per weight
+_FIRST = 4096  # tokens at which the step is compiled
+_GRAIN = 1024  # tokens, to which an answer is rounded down
+_MOST = 1 << 26  # tokens; nobody asks for more
+_CLOSE = 0.005  # of the length, at which the search ends
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of training."""
+
+    name: str
+    backend: Backend
+    checkpoint: bool
+
+    @property
+    def options(self) -> dict[str, Any] | None:
+        return {"chunk_rows": CHUNK_ROWS} if self.backend == "mst" else None
+
+
+WAYS = (
+    Way("inductor", "inductor", False),
+    Way("inductor, checkpointed", "inductor", True),
+    Way("mst", "mst", False),
+    Way("mst, checkpointed", "mst", True),
+)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """An answer."""
+
+    way: Way
+    seq_len: int | None  # tokens per sequence; None: not even `_GRAIN` fit
+    state_nbytes: int  # weights and optimizer state
+    step_nbytes: int  # peak of the step at `seq_len`, gradients included; 0 if not even state fits
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "80GiB", "80 GB" or "1e9".
+
+    Raises:
+        SubjectError: no number, an unknown unit, or nothing at all.
+    """
+    match = re.fullmatch(r"\s*([-+.\deE]+?)\s*([a-zA-Z]*)\s*", text)
+    unit = (match[2] or "B").upper() if match else ""
+    try:
+        value = float(match[1]) * _UNITS[unit] if match else float("nan")
+    except (ValueError, KeyError):
+        value = float("nan")
+    if not value >= 1 or value == float("inf"):
+        raise SubjectError(f"--memory {text}: say for example 80GiB, 24GB or 512MiB.")
+    return int(value)
+
+
+def fit(model: str, memory: int, wanted: Wanted, way: Way, optimizer: str = "adamw") -> Fit:
+    """Find the longest sequence.
+
+    Args:
+        model: as for `load_subject`.
+        memory: bytes.
+        wanted: batch size and dtype; length and checkpointing are not read.
+        way: of training.
+        optimizer: a key of `OPTIMIZERS`; its states have the weights' dtype.
+
+    Raises:
+        SubjectError: the model cannot be used, or its batch does not depend on the length.
+    """
+    wanted = replace(wanted, seq_len=_FIRST, checkpoint=way.checkpoint)
+    whole = load_subject(model, wanted)
+    weights = sum(p.nbytes for p in whole.model.parameters())
+    state = weights * (1 + OPTIMIZERS[optimizer])
+    if memory <= state:
+        return Fit(way, None, state, 0)
+    with ExitStack() as stack:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        simulated = [
+            _Simulated(model, replace(wanted, num_layers=n), way, mode) for n in _depths(whole)
+        ]
+        for one in simulated:
+            stack.enter_context(one)
+
+        def step(seq_len: int) -> int:
+            early_and_late = [_early_and_late(s.trace(seq_len)) for s in simulated]
+            return max(
+                _extrapolated(peaks, [s.num_layers for s in simulated], whole.num_layers or 0)
+                for peaks in zip(*early_and_late, strict=True)
+            )
+
+        longest = _longest(step, memory - state)
+        return Fit(way, longest, state, step(longest or _GRAIN))
+
+
+def _depths(subject: Subject) -> list[int | None]:
+    """The numbers of layers to simulate."""
+    depth, period = subject.num_layers, subject.period
+    few = [2, 3] if period == 1 else [period, 2 * period]
+    return [None] if depth is None or depth <= few[-1] else list(few)
+
+
+def _extrapolated(peaks: tuple[int, ...], depths: list[int | None], depth: int) -> int:
+    if len(peaks) == 1:
+        return peaks[0]
+    (first, second), (low, high) = peaks, depths
+    assert low is not None
+    assert high is not None
+    return first + (second - first) * (depth - low) // (high - low)
+
+
+def _early_and_late(trace: SimulatedTrace) -> tuple[int, int]:
+    """The peak until half of the backward, by its events, and after."""
+    end = trace.timeline[-1][0]
+    middle = (trace.backward + end) / 2
+    early = max(n for time, n in trace.timeline if time <= middle)
+    return early, max(n for time, n in trace.timeline if time > middle)
+
+
+def _longest(step: Callable[[int], int], room: int) -> int | None:
+    """The longest length, a multiple of `_GRAIN`, whose step has room."""
+    if step(_GRAIN) > room:
+        return None
+    low, low_bytes = _GRAIN, step(_GRAIN)
+    high = _FIRST
+    while (high_bytes := step(high)) <= room:
+        low, low_bytes = high, high_bytes
+        if low >= _MOST:
+            return low
+        high *= 4
+    while high - low > max(_GRAIN, _CLOSE * low):
+        # nearly linear in between: where the line meets the room, a little inside
+        share = (room - low_bytes) / max(high_bytes - low_bytes, 1)
+        guess = low + (high - low) * min(max(share, 0.02), 0.98)
+        middle = min(max(_GRAIN * round(guess / _GRAIN), low + _GRAIN), high - _GRAIN)
+        found = step(middle)
+        if found <= room:
+            low, low_bytes = middle, found
+        else:
+            high, high_bytes = middle, found
+    return low
+
+
+class _Simulated:
+    """One depth of a model, compiled once for any length; a context manager."""
+
+    def __init__(self, model: str, wanted: Wanted, way: Way, mode: FakeTensorMode) -> None:
+        self._subject, self._way = load_subject(model, wanted), way
+        self.num_layers = wanted.num_layers
+        self._open = _open_dims(*map(self._subject.batch_of, (_FIRST, 2 * _FIRST)))
+        if not any(self._open):
+            raise SubjectError(
+                f"{model}: the batch does not depend on seq_len; let the function take it."
+            )
+        self._simulation = Simulation(self._subject.model, (), mode)
+        self._known: dict[int, SimulatedTrace] = {}
+
+    def __enter__(self) -> _Simulated:
+        with ExitStack() as stack:
+            stack.enter_context(self._simulation)
+            self._compiled = self._simulation.compile(
+                self._subject.model, self._way.backend, self._way.options, dynamic=None
+            )
+            self.trace(_FIRST)
+            stack.pop_all()  # `__exit__` leaves it
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._simulation.__exit__(*error)
+
+    def trace(self, seq_len: int) -> SimulatedTrace:
+        if seq_len not in self._known:
+            args, kwargs = self._batch(seq_len)
+            self._known[seq_len] = self._simulation.trace(
+                lambda: loss_of(self._compiled(*args, **kwargs)).backward()
+            )
+        return self._known[seq_len]
+
+    def _batch(self, seq_len: int) -> Any:
+        batch = self._simulation.fake(lambda: self._subject.batch_of(seq_len))
+        for tensor, dims in zip(_tensors(batch), self._open, strict=True):
+            for dim in dims:
+                torch._dynamo.mark_dynamic(tensor, dim)
+        return batch
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+
+
+def _open_dims(one: Any, other: Any) -> list[list[int]]:
+    """Per tensor of a batch, the dims that depend on the length."""
+    shapes = [[t.shape for t in _tensors(batch)] for batch in (one, other)]
+    return [
+        [dim for dim, (a, b) in enumerate(zip(x, y, strict=True)) if a != b]
+        for x, y in zip(*shapes, strict=True)
+    ]

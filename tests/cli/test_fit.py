@@ -1,0 +1,141 @@
+"""The longest sequence that fits: the search, the layers that are not simulated, the answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mstc.cli import fit
+from mstc.cli.app import run
+from mstc.cli.subject import SubjectError, Wanted, load_subject
+from mstc.simulate import simulate_step
+from tests.models import fresh_compiler  # noqa: F401  (an autouse fixture)
+
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 1 << 20,
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("80GiB", 80 * 2**30), ("24 gb", 24 * 10**9), ("1e9", 10**9), ("0.5MiB", 2**19), ("7B", 7)],
+)
+def test_sizes_of_memory(text: str, nbytes: int) -> None:
+    assert fit.parse_bytes(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1GiB", "nan", "inf", "lots", "8 apples", "1e999GB"])
+def test_memory_that_is_none(text: str) -> None:
+    with pytest.raises(SubjectError, match="say for example 80GiB"):
+        fit.parse_bytes(text)
+
+
+@given(
+    base=st.integers(0, 10**9),
+    per_token=st.integers(1, 10**6),
+    per_square=st.integers(0, 10),
+    room=st.integers(0, 10**13),
+)
+@settings(max_examples=300, deadline=None)
+def test_search(base: int, per_token: int, per_square: int, room: int) -> None:
+    """What it finds fits, and little more does; in few steps."""
+    asked: set[int] = set()
+
+    def step(tokens: int) -> int:
+        asked.add(tokens)
+        return base + per_token * tokens + per_square * tokens * tokens
+
+    found = fit._longest(step, room)
+    if found is None:
+        assert step(fit._GRAIN) > room
+        return
+    assert step(found) <= room
+    assert found % fit._GRAIN == 0
+    further = found + 2 * max(fit._GRAIN, int(fit._CLOSE * found))
+    assert found >= fit._MOST or step(further) > room
+    assert len(asked) < 40
+
+
+@pytest.mark.parametrize("way", fit.WAYS, ids=lambda way: way.name)
+def test_few_layers_stand_for_all(config: str, way: fit.Way) -> None:
+    """Five layers, of which two and three were simulated; the length that fits does fit."""
+    wanted = Wanted(1, dtype="bf16")
+    memory = 600 * 2**20
+    found = fit.fit(config, memory, wanted, way, "adamw")
+    assert found.seq_len is not None
+    subject = load_subject(config, Wanted(found.seq_len, dtype="bf16", checkpoint=way.checkpoint))
+    weights = sum(p.nbytes for p in subject.model.parameters())
+    assert found.state_nbytes == 3 * weights
+    whole = simulate_step(
+        subject.model,
+        backend=way.backend,
+        options=way.options,
+        **subject.batch_of(subject.seq_len)[1],
+    )
+    assert found.step_nbytes == pytest.approx(whole.peak_nbytes, rel=0.01)
+    assert 0.97 * memory < found.step_nbytes + found.state_nbytes <= memory
+
+
+def test_kinds_of_layers(tmp_path: Path) -> None:
+    """Layers of two kinds are simulated by whole periods."""
+    kinds = ["sliding_attention", "full_attention"] * 3
+    entry = CONFIG | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    entry |= {"num_hidden_layers": 6, "layer_types": kinds, "use_sliding_window": True}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(entry))
+    subject = load_subject(str(path), Wanted(8))
+    assert (subject.num_layers, subject.period) == (6, 2)
+    assert fit._depths(subject) == [2, 4]
+    few = load_subject(str(path), Wanted(8, num_layers=2))
+    assert few.num_layers == 6, "of the whole"
+    assert few.model.config.layer_types == kinds[:2]
+    assert len(few.model.model.layers) == 2
+
+
+def test_command(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["fit", config, "--memory", "1MiB", "--optimizer", "sgd"]
+    assert run([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["seq_len"] for one in found] == [None] * len(fit.WAYS), "not even the weights"
+
+
+MISTAKES = {
+    "memory": (["--memory", "much"], "say for example 80GiB"),
+    "optimizer": (["--memory", "1GiB", "--optimizer", "lion"], "one of none, sgd, momentum, adamw"),
+    "dtype": (["--memory", "1GiB", "--dtype", "fp8"], "one of fp32, bf16, fp16"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_one_line_for_a_mistake(name: str, config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, message = MISTAKES[name]
+    assert run(["fit", config, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_batch_of_one_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "model.py"
+    path.write_text(
+        "import torch\ndef build():\n    return torch.nn.Linear(4, 4), torch.zeros(2, 4)\n"
+    )
+    assert run(["fit", f"{path}:build", "--memory", "1GiB"]) == 2
+    assert "the batch does not depend on seq_len" in capsys.readouterr().err
