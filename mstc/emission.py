@@ -5,7 +5,7 @@ buffers. Here it writes the same module, of which everything runs but the kernel
 tensors, it allocates and frees exactly what it would.
 
 Nothing of it can reach a real run: PyTorch's caches of compiled graphs are off meanwhile, the
-modules are kept out of its table of loaded ones, and a call with real tensors is an error.
+modules are kept out of its table of loaded ones, and a call outside `FakeTensorMode` is an error.
 
 Works with torch 2.11 to 2.13.
 """
@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 import torch._inductor.config as inductor_config
+from torch._guards import active_fake_mode  # whether tensors are fake
 from torch._inductor.codecache import PyCodeCache  # loads the modules that Inductor writes
 from torch._inductor.compile_fx import compile_fx_inner  # compiles one aten graph
-from torch._subclasses import FakeTensor
 from torch.fx import GraphModule
 
 EMITTED = "mst_emitted"  # name of the modules
@@ -37,15 +37,16 @@ def emit(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[[
         a callable as that would return, for fake tensors.
 
     Raises:
-        whatever Inductor raises; RuntimeError, when the callable is given a real tensor.
+        whatever Inductor raises; RuntimeError, if the callable is called outside
+        `FakeTensorMode`.
     """
     with _collected() as modules, inductor_config.patch(fx_graph_cache=False):
         compile_fx_inner(graph, inputs, **kwargs)
     module = modules[-1]
 
     def call(args: list[Any]) -> Any:
-        if any(isinstance(a, torch.Tensor) and not isinstance(a, FakeTensor) for a in args):
-            raise RuntimeError("a graph without kernels was called with a real tensor")
+        if active_fake_mode() is None:
+            raise RuntimeError("a graph without kernels was called outside a simulation")
         return module.call(args)
 
     call._boxed_call = True  # type: ignore[attr-defined]  # frees its arguments

@@ -68,6 +68,8 @@ class SimulatedTrace(MemoryTrace):
 class Watch(TorchDispatchMode):
     """Hears of every storage that is made and that dies."""
 
+    supports_higher_order_operators = True  # random states, which a checkpointed op saves
+
     def __init__(self, own: Sequence[Tensor]) -> None:
         super().__init__()
         self._events: list[MemoryEvent] = []

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import mstc
+from mstc.emission import emit
 from mstc.errors import SimulationError
 from mstc.options import parse_options
 from mstc.runtime.memory import MemoryTrace, measure_step
@@ -154,6 +157,15 @@ def test_no_loss() -> None:
 )
 def test_where_the_loss_is(output: Any, value: float) -> None:
     assert float(loss_of(output)) == value
+
+
+def test_code_without_kernels_computes_nothing() -> None:
+    with FakeTensorMode() as mode:
+        x = mode.from_tensor(torch.ones(4))
+        call = emit(make_fx(lambda x: (x.sin(),))(x), [x], is_inference=True)
+        assert call([x])[0].shape == (4,)
+    with pytest.raises(RuntimeError, match="outside a simulation"):
+        call([torch.ones(4)])
 
 
 def test_emitting_is_not_a_lowering_for_users() -> None:
