@@ -91,7 +91,8 @@ def test_few_layers_stand_for_all(config: str, way: fit.Way) -> None:
         options=way.options,
         **subject.batch_of(subject.seq_len)[1],
     )
-    assert found.step_nbytes == pytest.approx(whole.peak_nbytes, rel=0.01)
+    # sizes are left open in one and fixed in the other: Inductor does not fuse the same
+    assert found.step_nbytes == pytest.approx(whole.peak_nbytes, rel=0.03)
     assert 0.97 * memory < found.step_nbytes + found.state_nbytes <= memory
 
 
