@@ -145,8 +145,9 @@ A simulation took {seconds} s (median), as long as compiling without building ke
 
 {off}
 
-What a simulation cannot see is memory that a kernel takes while it runs: scratch of a convolution
-or of an attention kernel.
+What a simulation cannot see is memory that a kernel takes while it runs: on a CPU, oneDNN's scratch
+for products in bfloat16 (up to a MiB here, which shows because these peaks are small, and more in
+chunks than in whole matrices), and that of convolutions.
 
 ## Rows without a prediction, or without a measured peak
 

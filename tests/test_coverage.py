@@ -11,7 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import accuracy, coverage, coverage_table, measure, models, store, table, zoo
+from benchmarks import (
+    accuracy,
+    coverage,
+    coverage_table,
+    measure,
+    models,
+    prediction,
+    store,
+    table,
+    zoo,
+)
 from benchmarks.zoo import ZOO
 from benchmarks.zoo.rows import _DECODERS, _ENCODERS, _EXPERT_MODELS, _HEADLESS, _PLAIN, _RECURRENT
 from tests.models import fresh_compiler  # noqa: F401  (an autouse fixture)
@@ -262,6 +272,14 @@ def test_what_is_published_is_what_was_measured():
     assert coverage.PAGE.read_text() == coverage_table.page(results)
     readme = coverage.README.read_text()
     assert table.put(readme, "coverage", coverage_table.summary(results)) == readme
+
+
+def test_predictions_are_those_that_were_published():
+    """docs/prediction.md is made of both result files, and has no row that was not measured."""
+    results = json.loads(prediction.RESULTS.read_text())
+    measured = json.loads(coverage.RESULTS.read_text())
+    assert set(results["records"]) == set(ZOO)
+    assert prediction.PAGE.read_text() == prediction.page(results, measured)
 
 
 def test_a_row_above_the_limit_is_measured_three_times(
