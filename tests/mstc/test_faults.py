@@ -87,7 +87,7 @@ def test_an_error_in_a_hook_in_backward() -> None:
 def no_inductor_for_bodies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
 
-    def compile_body(*args: Any) -> Any:
+    def compile_body(*args: Any, build: bool) -> Any:
         calls.append(1)
         raise RuntimeError("no compiler today")
 

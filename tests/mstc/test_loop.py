@@ -169,7 +169,10 @@ def compiles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], lis
         shapes: object,
         dynamic: list[int],
         config: object,
+        *,
+        build: bool,
     ) -> Any:
+        assert build
         asked.append((sizes, list(dynamic)))
         # as in compiled code: layouts and dtypes are what they were
         layouts = [(t.dtype, t.is_contiguous() or t.stride()) for t in tensors]
