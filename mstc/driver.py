@@ -48,7 +48,7 @@ from passes.records import FixedLoop, Plan
 
 log = logging.getLogger(__name__)
 
-_MIN_ROWS = {"cpu": 256, "cuda": 2048}  # below these, matrix products slow down
+MIN_ROWS = {"cpu": 256, "cuda": 2048}  # below these, matrix products slow down
 _SOURCES = tuple(
     str(p)
     for package in (Path(passes.__file__).parent, Path(__file__).parent)
@@ -87,6 +87,12 @@ def _fall_back(error: Exception, report: Report) -> None:
     )
 
 
+_NOT_OF_THIS_GRAPH = (
+    'options["plan"] has no loop for a graph that needs memory: it was made for another model, or for '
+    "other versions of its code. The graph goes to Inductor as it is; mstc.last_report() has the loops."
+)
+
+
 def _missing(fixed: Sequence[FixedLoop] | None, plan: Plan) -> list[str]:
     """What a given plan has and this graph has not."""
     made = {matching(loop.region, fixed or ()) for loop in plan.loops}
@@ -120,7 +126,7 @@ class ChunkPass(CustomGraphPass):
             for n in graph.nodes
             if isinstance(n.meta.get("val"), torch.Tensor)
         }
-        default = max((_MIN_ROWS.get(k, _MIN_ROWS["cpu"]) for k in kinds), default=_MIN_ROWS["cpu"])
+        default = max((MIN_ROWS.get(k, MIN_ROWS["cpu"]) for k in kinds), default=MIN_ROWS["cpu"])
         return PlanOptions(
             min_rows=self.options.min_chunk_rows or default,
             min_peak_bytes=self.options.min_peak_bytes,
@@ -152,6 +158,9 @@ class ChunkPass(CustomGraphPass):
                 history.name_body(loop.body.spec, subject_of(loop.plan.region.seed))
             self.calls += [c for loop in planned.chunked.loops if (c := _call(loop.node))]
         self.report.notes += _missing(self.fixed, planned.plan)
+        is_large = planned.plan.peak_before >= self.options.min_peak_bytes
+        if self.fixed and not planned.plan.loops and is_large:
+            warnings.warn(_NOT_OF_THIS_GRAPH, FallbackWarning, stacklevel=2)
         least = AT_PEAK * planned.plan.before.peak_bytes
         self.report.refusals = [r for r in self.report.refusals if r.nbytes >= least]
         entry = graph_report(planned.plan, training=bool(tangent_nodes(graph)))
@@ -346,7 +355,8 @@ def compile_graph(
         a callable with the graph's inputs and outputs.
     """
     report = Report()
-    history.add(report)
+    if options.lowering != "emit":  # a simulation is nobody's latest compilation
+        history.add(report)
     prepared = _prepare(gm, example_inputs, options, report)
     compiled = _compile(prepared.graph, prepared.inputs, options, report, prepared.opened.graph)
     return prepared.wrap(compiled)

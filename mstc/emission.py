@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch._inductor.config as inductor_config
@@ -42,15 +43,22 @@ def emit(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[[
     """
     with _collected() as modules, inductor_config.patch(fx_graph_cache=False):
         compile_fx_inner(graph, inputs, **kwargs)
-    module = modules[-1]
+    return _Emitted(modules[-1])
 
-    def call(args: list[Any]) -> Any:
+
+class _Emitted:
+    """A graph's module as a callable."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
+        # AOTAutograd hands over a list, which the module empties as it goes; wrappers around this
+        # take over what is in its `__dict__`.
+        self._boxed_call = True
+
+    def __call__(self, args: list[Any]) -> Any:
         if active_fake_mode() is None:
             raise RuntimeError("a graph without kernels was called outside a simulation")
-        return module.call(args)
-
-    call._boxed_call = True  # type: ignore[attr-defined]  # frees its arguments
-    return call
+        return self._module.call(args)
 
 
 @contextmanager
@@ -58,19 +66,16 @@ def _collected() -> Iterator[list[ModuleType]]:
     """The modules that this thread compiles meanwhile, loaded without kernels."""
     modules: list[ModuleType] = []
     own = threading.get_ident()
-    original: Any = PyCodeCache.__dict__["load_by_key_path"]
+    original = PyCodeCache.load_by_key_path
 
     def load(cls: type, key: str, path: str, *args: Any, **kwargs: Any) -> ModuleType:
         if threading.get_ident() != own:
-            return original.__func__(cls, key, path, *args, **kwargs)
+            return original(key, path, *args, **kwargs)
         modules.append(_load(path, kwargs.get("attrs") or {}))
         return modules[-1]
 
-    PyCodeCache.load_by_key_path = classmethod(load)  # type: ignore[assignment, arg-type]
-    try:
+    with patch.object(PyCodeCache, "load_by_key_path", classmethod(load)):
         yield modules
-    finally:
-        PyCodeCache.load_by_key_path = original
 
 
 def _load(path: str, constants: dict[str, Any]) -> ModuleType:

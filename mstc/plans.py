@@ -13,11 +13,11 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mstc.errors import OptionError
 from mstc.version import VERSION
-from passes.records import FixedLoop
+from passes.records import FixedLoop, Mode
 
 _FIELDS = set(FixedLoop.__dataclass_fields__)
 
@@ -47,11 +47,11 @@ def read_plan(path: str | Path) -> tuple[FixedLoop, ...]:
         raise OptionError(f"plan {path}: {error.strerror}.") from None
     except ValueError:
         raise OptionError(f"plan {path}: it is no JSON.") from None
-    if not isinstance(entry, Mapping) or not {"mstc", "loops"} <= entry.keys():
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("loops"), list):
         raise OptionError(f"plan {path}: it is no plan (Report.save_plan writes one).")
-    if entry["mstc"] != VERSION:
+    if entry.get("mstc") != VERSION:
         raise OptionError(
-            f"plan {path}: mstc {entry['mstc']} made it, and this is {VERSION}. Make it anew."
+            f"plan {path}: mstc {entry.get('mstc')} made it, and this is {VERSION}. Make it anew."
         )
     return loops_of(entry["loops"], str(path))
 
@@ -64,12 +64,20 @@ def loops_of(entries: Sequence[Any], path: str) -> tuple[FixedLoop, ...]:
     """
     found: list[FixedLoop] = []
     for number, entry in enumerate(entries):
-        try:
-            assert entry.keys() == _FIELDS
-            found.append(FixedLoop(**entry))
-        except (AssertionError, AttributeError, TypeError):
-            raise OptionError(f"plan {path}: loop {number} is not one: {entry!r}.") from None
+        if not _is_loop(entry):
+            raise OptionError(f"plan {path}: loop {number} is not one: {entry!r}.")
+        found.append(FixedLoop(**entry))
     return tuple(found)
+
+
+def _is_loop(entry: Any) -> bool:
+    return (
+        isinstance(entry, Mapping)
+        and entry.keys() == _FIELDS
+        and all(isinstance(entry[name], str) for name in ("seed", "source"))
+        and all(isinstance(entry[n], int) and entry[n] >= 1 for n in ("axis_length", "chunk"))
+        and entry["mode"] in get_args(Mode)
+    )
 
 
 @dataclass(frozen=True)

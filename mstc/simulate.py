@@ -138,10 +138,11 @@ class Simulation:
             yield
 
     def fake(self, make_batch: Callable[[], Any]) -> Any:
-        """Another batch, made of tensors on any device, as fake tensors."""
+        """Another batch in the place of the first, made of tensors on any device, as fake ones."""
         with _disable_current_modes():
             batch = make_batch()
-        return tree_map_only(Tensor, lambda t: as_fake(t, self._mode), batch)
+        self.batch = tree_map_only(Tensor, lambda t: as_fake(t, self._mode), batch)
+        return self.batch
 
     def compile(
         self,
@@ -151,11 +152,21 @@ class Simulation:
         *,
         dynamic: bool | None = False,
     ) -> Callable[..., Any]:
-        """`model`, or a part of it, as the backend would compile it, for fake tensors; `dynamic` as
-        for ``torch.compile``."""
+        """`model`, or a part of it, as the backend would compile it, for fake tensors.
+
+        Args:
+            model, backend, options: as for `simulate_step`.
+            dynamic: as for ``torch.compile``.
+
+        Raises:
+            OptionError: as for ``torch.compile``.
+            SimulationError: the options ask Inductor for C++ in the place of Python.
+        """
         if backend == "eager":
             return model
         parsed = dataclasses.replace(parse_options(options, None), lowering="emit")
+        if parsed.inductor.get("cpp_wrapper"):
+            raise SimulationError('options["cpp_wrapper"]: there is no Python to be simulated.')
 
         def compiler(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
             if backend == "mst":

@@ -24,7 +24,7 @@ of all sequences).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch.fx import Graph, Node
@@ -98,11 +98,16 @@ def _kind(region: Region) -> object:
 
 
 def matching(region: Region, fixed: Sequence[FixedLoop]) -> FixedLoop | None:
-    """The loop of a plan that was made of such a region; one of the same length, if there is."""
+    """The loop of a plan that was made of such a region: with a backward part or without, and of
+    the same length, if there is one."""
     key = op_name(region.seed), source_of(region.seed)
     found = [f for f in fixed if (f.seed, f.source) == key]
-    same = [f for f in found if f.axis_length == region.length]
-    return next(iter(same or found), None)
+
+    def likeness(one: FixedLoop) -> tuple[bool, bool]:
+        both = (one.mode == "forward-only") == (not region.backward)
+        return both, one.axis_length == region.length
+
+    return max(found, key=likeness, default=None)
 
 
 def even_chunk(length: int, wanted: int, least: int) -> int:
@@ -159,11 +164,10 @@ class _Planner:
 
     def run(self) -> Planned:
         before = analyze_liveness(self.facts.original)
-        start = before.peak_bytes - before.gradient_bytes
         if self.options.fixed is not None:
-            return self.replay(before, start, self.options.fixed)
+            return self.replay(before, self.options.fixed)
         if before.peak_bytes < self.options.min_peak_bytes:
-            return self.untouched(before, start)
+            return self.untouched(before)
         chosen: dict[LoopPlan, Bodies] = {}
         unlooped = ChunkedGraph(self.graph, ()) if self.facts.rewrites else None
         changed = self.graph is not self.facts.original
@@ -189,15 +193,11 @@ class _Planner:
         if len(kept) < len(chosen):
             chosen = kept
             chunked = self.rewrite(chosen) if chosen else unlooped
-        after = now.peak_bytes - now.gradient_bytes
         if chunked is None or now.peak_bytes > (1 - MIN_GAIN) * before.peak_bytes:
-            return self.untouched(before, start)
-        plan = Plan(
-            tuple(chosen), self.facts.rewrites, self.relevant(before), start, after, before, now
-        )
-        return Planned(plan, chunked)
+            return self.untouched(before)
+        return self.planned(chosen, chunked, before, now)
 
-    def replay(self, before: Liveness, start: int, fixed: Sequence[FixedLoop]) -> Planned:
+    def replay(self, before: Liveness, fixed: Sequence[FixedLoop]) -> Planned:
         """The loops of an earlier plan, as far as this graph has them."""
         chosen: dict[LoopPlan, Bodies] = {}
         for region in self.regions:
@@ -206,23 +206,31 @@ class _Planner:
             if wanted is None or prepared is None:
                 continue
             plan, bodies = prepared
-            if plan.mode != wanted.mode:
+            if plan.mode != wanted.mode and region.backward:  # without, there is one mode
                 self.refuse(region, f"the plan wants {wanted.mode}, which is not proven right here")
                 continue
             chunk = min(wanted.chunk, region.length)
             number = math.ceil(region.length / chunk)
             chosen[replace(plan, chunk=chunk, num_chunks=number)] = bodies
         if not chosen and not self.facts.rewrites:
-            return self.untouched(before, start)
-        chunked = self.rewrite(chosen)
-        now = self.with_bodies(chunked)
-        after = now.peak_bytes - now.gradient_bytes
-        plan = Plan(
-            tuple(chosen), self.facts.rewrites, self.relevant(before), start, after, before, now
-        )
+            return self.untouched(before)
+        chunked = self.rewrite(chosen) if chosen else ChunkedGraph(self.graph, ())
+        return self.planned(chosen, chunked, before, self.with_bodies(chunked))
+
+    def planned(
+        self,
+        chosen: Mapping[LoopPlan, Bodies],
+        chunked: ChunkedGraph,
+        before: Liveness,
+        now: Liveness,
+    ) -> Planned:
+        start, after = (live.peak_bytes - live.gradient_bytes for live in (before, now))
+        refused = self.relevant(before)
+        plan = Plan(tuple(chosen), self.facts.rewrites, refused, start, after, before, now)
         return Planned(plan, chunked)
 
-    def untouched(self, before: Liveness, start: int) -> Planned:
+    def untouched(self, before: Liveness) -> Planned:
+        start = before.peak_bytes - before.gradient_bytes
         return Planned(Plan((), (), self.relevant(before), start, start, before, before), None)
 
     def relevant(self, before: Liveness) -> tuple[Refusal, ...]:

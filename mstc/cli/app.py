@@ -68,7 +68,7 @@ def explain(
     """Where the memory of a training step goes, what becomes a loop, and what does not, and why."""
     subject = load_subject(model, Wanted(seq_len, batch_size, dtype, checkpoint))
     with _busy("reading the model's graph"):
-        args, kwargs = subject.batch_of(seq_len)
+        args, kwargs = subject.batch
         report = mstc.explain(subject.model, *args, **kwargs)
     traces = _traces(subject)
     if save_plan is not None:
@@ -170,7 +170,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 def _traces(subject: Subject) -> dict[str, SimulatedTrace]:
     traces: dict[str, SimulatedTrace] = {}
-    args, kwargs = subject.batch_of(subject.seq_len)
+    args, kwargs = subject.batch
     for backend in _BACKENDS:
         with _busy(f"simulating a step under {backend}"):
             traces[backend] = simulate_step(subject.model, *args, backend=backend, **kwargs)

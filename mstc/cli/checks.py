@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -98,12 +97,7 @@ def _cache() -> Check:
 
 
 def _package(name: str, use: str) -> Check:
-    found = _version(metadata.version, name)
-    return Check(name, "ok" if found else "optional", found or f"for {use}")
-
-
-def _version(of: Callable[[str], str], name: str) -> str:
     try:
-        return of(name)
+        return Check(name, "ok", metadata.version(name))
     except metadata.PackageNotFoundError:
-        return ""
+        return Check(name, "optional", f"for {use}")

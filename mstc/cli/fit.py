@@ -33,10 +33,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from mstc.cli.subject import Subject, SubjectError, Wanted, load_subject
+from mstc.driver import MIN_ROWS
 from mstc.simulate import Backend, Simulation, loss_of
 from mstc.watch import SimulatedTrace
 
-CHUNK_ROWS = 2048  # of every loop: the fewest at which a GPU is busy
+CHUNK_ROWS = MIN_ROWS["cuda"]  # of every loop: the fewest at which a GPU is busy
 OPTIMIZERS = {"none": 0, "sgd": 0, "momentum": 1, "adamw": 2}  # states per weight
 _FIRST = 4096  # tokens at which the step is compiled
 _GRAIN = 1024  # tokens, to which an answer is rounded down

@@ -74,12 +74,8 @@ class Subject:
     notes: tuple[str, ...] = ()  # what was changed so that the batch fits
 
     @property
-    def args(self) -> tuple[Any, ...]:
-        return self.batch_of(self.seq_len)[0]
-
-    @property
-    def kwargs(self) -> dict[str, Any]:
-        return self.batch_of(self.seq_len)[1]
+    def batch(self) -> Batch:
+        return self.batch_of(self.seq_len)
 
 
 def load_subject(model: str, wanted: Wanted) -> Subject:

@@ -130,7 +130,7 @@ def test_configuration(tmp_path: Path) -> None:
 
     for name in (_config(tmp_path), str(tmp_path)):
         subject = load_subject(name, Wanted(seq_len=64, batch_size=3, dtype="bf16"))
-        assert subject.kwargs["labels"].shape == (3, 64)
+        assert subject.batch[1]["labels"].shape == (3, 64)
         assert {p.dtype for p in subject.model.parameters()} == {torch.bfloat16}
         assert all(p.is_meta for p in subject.model.parameters())
         assert subject.notes == ("max_position_embeddings raised from 16 to 64",)
@@ -142,12 +142,12 @@ def test_kinds_of_batches(tmp_path: Path) -> None:
     from mstc.cli.subject import Wanted, load_subject
 
     name = _config(tmp_path, architectures=["GPT2ForSequenceClassification"])
-    assert load_subject(name, Wanted(8, 2)).kwargs["labels"].shape == (2,)
+    assert load_subject(name, Wanted(8, 2)).batch[1]["labels"].shape == (2,)
     vit = {"model_type": "vit", "hidden_size": 8, "num_attention_heads": 2, "image_size": 8}
     vit |= {"patch_size": 4, "num_hidden_layers": 1, "intermediate_size": 8}
     entry = vit | {"architectures": ["ViTForImageClassification"]}
     (tmp_path / "config.json").write_text(json.dumps(entry))
-    assert load_subject(name, Wanted(8, 2)).kwargs["pixel_values"].shape == (2, 3, 8, 8)
+    assert load_subject(name, Wanted(8, 2)).batch[1]["pixel_values"].shape == (2, 3, 8, 8)
 
 
 MISTAKES = {

@@ -89,7 +89,7 @@ def test_few_layers_stand_for_all(config: str, way: fit.Way) -> None:
         subject.model,
         backend=way.backend,
         options=way.options,
-        **subject.batch_of(subject.seq_len)[1],
+        **subject.batch[1],
     )
     # sizes are left open in one and fixed in the other: Inductor does not fuse the same
     assert found.step_nbytes == pytest.approx(whole.peak_nbytes, rel=0.03)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mstc
-from mstc.errors import OptionError
+from mstc.errors import FallbackWarning, OptionError
 from mstc.options import Options, parse_options
 from mstc.plans import differences, read_plan
 from passes.records import FixedLoop
@@ -71,10 +71,25 @@ def test_a_mode_that_is_not_proven(tmp_path: Path) -> None:
     assert loops
     entries = [vars(loop) | {"mode": "gradient-in-forward"} for loop in loops]
     path.write_text(json.dumps({"mstc": mstc.__version__, "loops": entries}))
-    again = _report(model, batch, **AUTO, plan=path)
+    with pytest.warns(FallbackWarning, match="made for another model"):
+        again = _report(model, batch, **AUTO, plan=path)
     assert not again.graphs[0].loops
     reasons = [refusal.reason for refusal in again.graphs[0].refusals]
     assert "the plan wants gradient-in-forward, which is not proven right here" in reasons
+
+
+def test_without_gradients(tmp_path: Path) -> None:
+    """A plan of training serves an evaluation, where there is one mode."""
+    path = tmp_path / "plan.json"
+    model, batch = TinyLM(layers=1), lm_batch(96, vocab=32)
+    _report(model, batch, **EAGER).save_plan(path)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        loss = compile_mst(model, **AUTO, plan=path)(*batch)
+    torch.testing.assert_close(loss, model(*batch))
+    loops = mstc.last_report().graphs[0].loops
+    assert loops
+    assert {(loop.mode, loop.chunk) for loop in loops} == {("forward-only", 8)}
 
 
 def test_other_lengths(tmp_path: Path) -> None:
@@ -100,6 +115,8 @@ LOOP |= {"axis_length": 8, "chunk": 2}
         ({"loops": [LOOP, LOOP | {"mode": "guess"}]}, "loop 1 is not one"),
         ({"loops": [{"seed": "aten.mm"}]}, "loop 0 is not one"),
         ({"loops": [3]}, "loop 0 is not one"),
+        ({"loops": 3}, "it is no plan"),
+        ({"loops": [LOOP | {"chunk": "2"}]}, "loop 0 is not one"),
     ],
 )
 def test_files_that_are_no_plans(content: Any, message: str, tmp_path: Path) -> None:
