@@ -88,8 +88,9 @@ def _fall_back(error: Exception, report: Report) -> None:
 
 
 _NOT_OF_THIS_GRAPH = (
-    'options["plan"] has no loop for a graph that needs memory: it was made for another model, or for '
-    "other versions of its code. The graph goes to Inductor as it is; mstc.last_report() has the loops."
+    'options["plan"] has no loop for a graph that needs memory: it was made for another model, '
+    "or for other versions of its code. The graph goes to Inductor as it is; mstc.last_report() "
+    "has the loops."
 )
 
 
