@@ -18,7 +18,8 @@ from benchmarks import coverage, measure, store
 from benchmarks.table import table
 from mstc.cli import fit
 from mstc.cli.subject import Wanted
-from mstc.cli.text import size
+from mstc.quantity import format_bytes as size
+from mstc.quantity import parse_bytes
 
 CONFIG = measure.ROOT / "benchmarks" / "configs" / "llama3-8b.json"
 RESULTS = measure.ROOT / "benchmarks" / "results" / "longest-llama3-8b.json"
@@ -30,7 +31,7 @@ def row(job: dict[str, Any]) -> dict[str, Any]:
     """One way of training."""
     begin = time.perf_counter()
     way = next(way for way in fit.WAYS if way.name == job["way"])
-    room = fit.parse_bytes(_MEMORY)
+    room = parse_bytes(_MEMORY)
     found = fit.fit(str(CONFIG), room, Wanted(1), way, "none")
     return asdict(found) | {"seconds": round(time.perf_counter() - begin, 1)}
 

@@ -135,6 +135,15 @@ def compiled(model: Callable[..., Any], contender: str) -> Callable[..., Any]:
     backend, options = _BACKENDS[contender]
     if backend == "mst":
         import mstc  # noqa: F401  (registers the backend where the package is not installed)
+    return compiled_by(model, backend, options)
+
+
+def compiled_by(
+    model: Callable[..., Any],
+    backend: str | Callable[..., Any],
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """`model` as a backend compiles it, kept apart as in `compiled`."""
     apart = {"isolate_recompiles": True} if _CAN_ISOLATE else {}
     return cast("Any", torch.compile)(model, backend=backend, options=options or None, **apart)
 

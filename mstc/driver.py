@@ -22,6 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 
 import passes
 from mstc import history
+from mstc.budget import settle
 from mstc.errors import FallbackWarning
 from mstc.inductor import (
     CustomGraphPass,
@@ -34,8 +35,9 @@ from mstc.inductor import (
     without_duplicates,
 )
 from mstc.observe import Observer, dump
-from mstc.options import Options
+from mstc.options import Options, Setting
 from mstc.report import Report, graph_report, subject_of
+from mstc.runtime import flops  # noqa: F401  (tells PyTorch how much loops do)
 from mstc.runtime.deferred import DeferredTensor, opening_of, plain_example, wrap_outputs
 from mstc.runtime.loop import Call, loop_op, prepare_bodies
 from mstc.saved import load_report, report_key, save_report
@@ -118,7 +120,8 @@ class ChunkPass(CustomGraphPass):
     def uuid(self) -> object:
         """Two compilations may share a cache entry only if our code and options are the same."""
         options = self.options
-        own = {k: v for k, v in vars(options).items() if k != "inductor"}
+        own = {k: v for k, v in vars(options).items() if k not in ("inductor", "setting")}
+        own |= dataclasses.asdict(options.setting)
         return get_hash_for_files(_SOURCES, json.dumps([own, self.is_record], sort_keys=True))
 
     def plan_options(self, graph: Graph) -> PlanOptions:
@@ -134,6 +137,8 @@ class ChunkPass(CustomGraphPass):
             chunk_rows=self.options.chunk_rows,
             gradient_in_forward=self.options.gradient_in_forward,
             fixed=self.fixed,
+            tightness=None if self.is_record else self.options.setting.tightness,
+            least_divisor=self.options.setting.least_divisor,
         )
 
     def __call__(self, graph: Graph) -> None:
@@ -325,6 +330,7 @@ def analyze_graph(
     """
     report = Report()
     prepared = _prepare(gm, example_inputs, options, report)
+    options = _settled(prepared.graph, prepared.inputs, options, report, prepared.opened.graph)
     compile_outer_eager(prepared.graph, prepared.inputs, ChunkPass(options, report))
     return report, prepared.wrap(prepared.graph.forward)
 
@@ -363,6 +369,26 @@ def compile_graph(
     return prepared.wrap(compiled)
 
 
+def _settled(
+    graph: GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    report: Report,
+    subject: GraphModule | None,
+) -> Options:
+    """The options, with the setting that the memory budget asks for, if there is one."""
+    if options.memory_budget is None or options.setting != Setting() or subject is None:
+        return options
+
+    def compiled(gm: GraphModule, own: Sequence[Any], tried: Options) -> Callable[..., Any]:
+        return _compile(gm, own, tried, Report(), gm)
+
+    key = report_key(subject, ChunkPass(options, report).uuid(), options.inductor)
+    options, line = settle(graph, inputs, options, compiled, key)
+    report.notes.append(line)
+    return options
+
+
 def _compile(
     graph: GraphModule,
     inputs: Sequence[Any],
@@ -378,16 +404,19 @@ def _compile(
         report: filled by our pass, or from what was kept beside PyTorch's cache.
         subject: the Dynamo graph that the report is about; None for a record.
     """
+    options = _settled(graph, inputs, options, report, subject)
     graph_pass = ChunkPass(options, report, is_record=subject is None)
+    share = options.setting.activation_budget
     if options.lowering == "eager":
-        return compile_outer_eager(graph, inputs, graph_pass)
-    if options.lowering == "emit":
-        compiled = compile_outer(graph, inputs, graph_pass, options.inductor, build=False)
-        prepare_bodies(graph_pass.calls)
-        return compiled
+        return compile_outer_eager(graph, inputs, graph_pass, share)
+    build = options.lowering != "emit"
     key = report_key(subject or graph, graph_pass.uuid(), options.inductor)
-    compiled = compile_outer(graph, inputs, graph_pass, options.inductor)
+    compiled = compile_outer(
+        graph, inputs, graph_pass, options.inductor, build=build, activation_budget=share
+    )
     prepare_bodies(graph_pass.calls)
+    if not build:
+        return compiled
     if graph_pass.has_run:
         save_report(key, report)
     else:

@@ -8,6 +8,14 @@ class OptionError(ValueError):
     impossible value."""
 
 
+class BudgetError(RuntimeError):
+    """``options["memory_budget"]`` is less than a graph takes at least."""
+
+
+class BudgetWarning(UserWarning):
+    """As `BudgetError`, where ``options["over_budget"]`` is "warn"."""
+
+
 class DeferredOutputError(RuntimeError):
     """A deferred output was read after what it is made from had changed in place."""
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast, get_origin
+from unittest.mock import patch
 
 import sympy
 import torch
@@ -28,6 +29,7 @@ from torch._dynamo.source import (
     AttrSource,
     ConstantSource,
 )  # where an input comes from; names of the symbols of a body's sizes
+from torch._dynamo.utils import get_metrics_context  # what is recorded of a compilation
 from torch._functorch.compile_utils import fx_graph_cse  # what the partitioner does first
 from torch._functorch.partitioners import (
     min_cut_rematerialization_partition,
@@ -79,6 +81,7 @@ __all__ = [
     "inductor_option_type",
     "known_inductor_options",
     "mode_options",
+    "unrecorded",
     "without_duplicates",
 ]
 
@@ -103,6 +106,17 @@ def forgotten_frames() -> Iterator[None]:
         for identity, code in compiled().items():
             if identity not in before:
                 reset_code(code)
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """For a compilation within a compilation: PyTorch's metrics expect every figure once."""
+    metrics = get_metrics_context()
+    with ExitStack() as stack:
+        for name in ("set", "update", "increment", "add_top_n", "set_key_value", "add_to_set"):
+            if hasattr(metrics, name):
+                stack.enter_context(patch.object(metrics, name, lambda *_, **__: None))
+        yield
 
 
 def wants_eager_random_numbers() -> bool:
@@ -330,9 +344,36 @@ def compile_outer(
     config: Mapping[str, object],
     *,
     build: bool = True,
+    activation_budget: float = 1.0,
 ) -> Callable[..., Any]:
-    """Compile a Dynamo graph with Inductor, with `graph_pass` run on its joint (or inference)
-    graph; without `build`, for simulation only (`mstc.emission`)."""
+    """Compile a Dynamo graph with Inductor.
+
+    Args:
+        gm, example_inputs: the graph.
+        graph_pass: run on its joint (or inference) graph.
+        config: Inductor's options.
+        build: False for simulation only (`mstc.emission`).
+        activation_budget: AOTAutograd's `activation_memory_budget`: of what the partitioner would
+            keep for the backward, the share that it may keep.
+    """
+    with _partitioned_within(activation_budget):
+        return _compile_outer(gm, example_inputs, graph_pass, config, build=build)
+
+
+def _partitioned_within(activation_budget: float) -> AbstractContextManager[object]:
+    if activation_budget == 1:  # whatever the user has set
+        return nullcontext()
+    return functorch_config.patch(activation_memory_budget=activation_budget)
+
+
+def _compile_outer(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    graph_pass: CustomGraphPass | None,
+    config: Mapping[str, object],
+    *,
+    build: bool,
+) -> Callable[..., Any]:
     mend()
     patches = dict(config)
     if graph_pass is not None:
@@ -351,7 +392,10 @@ def compile_outer(
 
 
 def compile_outer_eager(
-    gm: GraphModule, example_inputs: Sequence[Any], graph_pass: CustomGraphPass | None
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    graph_pass: CustomGraphPass | None,
+    activation_budget: float = 1.0,
 ) -> Callable[..., Any]:
     """The same road without Inductor: AOTAutograd, our pass, the partitioner, then the graphs run
     op by op."""
@@ -384,7 +428,8 @@ def compile_outer_eager(
         decompositions=table,
         keep_inference_input_mutations=True,
     )
-    return cast("Callable[..., Any]", compiler(gm, list(example_inputs)))
+    with _partitioned_within(activation_budget):
+        return cast("Callable[..., Any]", compiler(gm, list(example_inputs)))
 
 
 def _boxed(graph: GraphModule) -> Callable[[list[Any]], Any]:

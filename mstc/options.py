@@ -14,13 +14,41 @@ from typing import Any
 from mstc.errors import OptionError
 from mstc.inductor import inductor_option_type, known_inductor_options, mode_options
 from mstc.plans import loops_of, read_plan
+from mstc.quantity import parse_bytes
 from passes.records import FixedLoop
 
+_OVER_BUDGET = ("raise", "warn")
 _LOWERINGS = ("inductor", "eager")
 
 
 def _wrong_lowering(value: object) -> str:
     return f'options["lowering"] is {value!r}; it must be "inductor" or "eager".'
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How much memory is given for time; chosen by `mstc.budget`."""
+
+    tightness: float | None = None
+    """0: no loops, 1: the smallest chunks; None: as the planner thinks best (`passes.plan`)."""
+
+    least_divisor: int = 1
+    """Of the rows of the smallest chunks."""
+
+    activation_budget: float = 1.0
+    """AOTAutograd's `activation_memory_budget`."""
+
+    def __str__(self) -> str:
+        if self.tightness is None:
+            return "planned without it"
+        parts = ["chunks as large as may be" if self.tightness < 1 else "the smallest chunks"]
+        if not self.tightness:
+            parts = ["no loops needed"]
+        if self.least_divisor > 1:
+            parts = [f"chunks {self.least_divisor} times smaller than is fast"]
+        if self.activation_budget < 1:
+            parts.append(f"activation_memory_budget={self.activation_budget}")
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -57,9 +85,20 @@ class Options:
     min_deferred_bytes: int = 2**20
     """Bytes of the smallest output that is deferred."""
 
+    memory_budget: int | float | None = None
+    """The most that a step of a graph may take above weights, optimizer state and batch, gradients
+    included: bytes (an int, or text as "24GiB"), a share of the device's memory (0.5 or "50%");
+    None ("auto") lets the planner weigh memory against time. See `mstc.budget`."""
+
+    over_budget: str = "raise"
+    """What to do where that is impossible: "raise" a `BudgetError`, or "warn" and go on."""
+
     plan: str | None = None
     """A file that `Report.save_plan` wrote: its loops are made, and none is planned. Here, what is
     in it, as text: a plan is part of what names a compiled graph."""
+
+    setting: Setting = Setting()
+    """Not for users: what `mstc.budget` chose."""
 
     inductor: Mapping[str, object] = field(default_factory=dict)
     """Options that were Inductor's; filled from ``options=`` and ``mode=``."""
@@ -81,6 +120,14 @@ class Options:
     def __post_init__(self) -> None:
         if self.lowering not in (*_LOWERINGS, "emit"):
             raise OptionError(_wrong_lowering(self.lowering))
+        if self.over_budget not in _OVER_BUDGET:
+            raise OptionError(
+                f'options["over_budget"] is {self.over_budget!r}; it must be "raise" or "warn".'
+            )
+        if self.memory_budget is not None and self.plan is not None:
+            raise OptionError(
+                'options: "memory_budget" plans, and "plan" is one; give one of them.'
+            )
         for name in ("chunk_rows", "min_chunk_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -101,6 +148,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "gradient_in_forward": (bool,),
     "defer_outputs": (bool,),
     "min_deferred_bytes": (int,),
+    "memory_budget": (int, float, str, type(None)),
+    "over_budget": (str,),
     "plan": (str, os.PathLike, type(None)),
 }
 
@@ -108,6 +157,31 @@ _TYPES: dict[str, tuple[type, ...]] = {
 _TAKEN = {
     "joint_custom_pre_pass": "use joint_custom_post_pass, or call your pass in your own backend."
 }
+
+
+def _budget(value: float | str | None) -> int | float | None:
+    """Bytes (int), a share of the device (float), or None for "auto".
+
+    Raises:
+        OptionError: not one of these.
+    """
+    wrong = OptionError(
+        f'options["memory_budget"] is {value!r}; say "auto", bytes (an int, or "24GiB"), or a '
+        'share of the device\'s memory (0.5 or "50%").'
+    )
+    if value is None or value == "auto":
+        return None
+    if isinstance(value, str):
+        number = value.strip()
+        try:
+            if not number.endswith("%"):
+                return parse_bytes(number)
+            value = float(number[:-1]) / 100
+        except ValueError:
+            raise wrong from None
+    if not (0 < value <= 1 if isinstance(value, float) else value > 0):
+        raise wrong
+    return value
 
 
 def parse_options(options: Mapping[str, Any] | None, mode: str | None) -> Options:
@@ -141,6 +215,8 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None) -> Option
                 raise OptionError(_wrong_lowering(value))
             if key == "plan" and value is not None:
                 value = json.dumps([dataclasses.asdict(f) for f in read_plan(str(value))])
+            if key == "memory_budget":
+                value = _budget(value)
             own[key] = value
         elif (name := str(key).replace("-", "_")) in known_inductor:
             wanted = inductor_option_type(name)
@@ -165,4 +241,4 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None) -> Option
     return Options(**own, inductor=inductor)
 
 
-assert set(_TYPES) == {f.name for f in dataclasses.fields(Options)} - {"inductor"}
+assert set(_TYPES) == {f.name for f in dataclasses.fields(Options)} - {"inductor", "setting"}

@@ -59,6 +59,8 @@ class GraphReport:
     loops: tuple[LoopReport, ...]
     rewrites: tuple[Rewrite, ...]
     refusals: tuple[Refusal, ...]
+    floor: int  # predicted bytes with these loops and chunks of nothing
+    extra_work: float  # multiplications that loops do a second time, as a share of the step's
     note: str = ""
 
     @property
@@ -167,6 +169,8 @@ def graph_report(plan: Plan, *, training: bool, note: str = "") -> GraphReport:
         ),
         rewrites=plan.rewrites,
         refusals=plan.refusals,
+        floor=plan.floor,
+        extra_work=plan.extra_work,
         note=note,
     )
 
@@ -193,7 +197,12 @@ def render(report: Report) -> str:
         if graph.untouched:
             lines.append(f"  predicted peak {_mib(graph.peak_before)}; left untouched")
         else:
-            lines.append(f"  predicted peak {_mib(graph.peak_before)} -> {_mib(graph.peak_after)}")
+            lines.append(
+                f"  predicted peak {_mib(graph.peak_before)} -> {_mib(graph.peak_after)}, "
+                f"{graph.peak_after / max(1, graph.floor):.2f}x of the floor "
+                f"({_mib(graph.floor)}: what stays whatever the chunks), "
+                f"{graph.extra_work:.0%} of the multiplications done twice"
+            )
         lines.append(
             "  intermediate memory at the peak, before"
             + ("" if graph.untouched else " (and after)")

@@ -15,7 +15,6 @@ import logging
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.fx import GraphModule
@@ -43,32 +42,44 @@ def report_key(gm: GraphModule, pass_key: object, config: object) -> str:
     return hashlib.sha256(repr((text, state)).encode()).hexdigest()
 
 
-def _path(key: str) -> Path | None:
+def _path(kind: str, key: str) -> Path | None:
     folder = cache_folder()
-    return None if folder is None else folder / "mst_reports" / f"{key}.json"
+    return None if folder is None else folder / f"mst_{kind}" / f"{key}.json"
 
 
-def save_report(key: str, report: Report) -> None:
-    """Keep a report for the processes that will get its graph from the cache."""
-    path = _path(key)
+def save_entry(kind: str, key: str, text: str) -> None:
+    """Keep a text for later processes; a folder that cannot be written costs nothing but that."""
+    path = _path(kind, key)
     if path is None:
         return
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         with os.fdopen(handle, "w") as file:
-            file.write(report.to_json())
+            file.write(text)
         Path(name).replace(path)  # readers see all of it or nothing
+
+
+def load_entry(kind: str, key: str) -> str | None:
+    """What was kept under `key`, if it is there and can be read."""
+    path = _path(kind, key)
+    try:
+        return path.read_text() if path is not None and path.exists() else None
+    except (OSError, ValueError) as error:
+        log.debug("a kept entry cannot be read", exc_info=error)
+        return None
+
+
+def save_report(key: str, report: Report) -> None:
+    """Keep a report for the processes that will get its graph from the cache."""
+    save_entry("reports", key, report.to_json())
 
 
 def load_report(key: str) -> Report | None:
     """The report that was kept under `key`, if there is one."""
-    path = _path(key)
+    text = load_entry("reports", key)
     try:
-        entry: dict[str, Any] | None = (
-            json.loads(path.read_text()) if path is not None and path.exists() else None
-        )
-        return None if entry is None else Report.from_json(entry)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return None if text is None else Report.from_json(json.loads(text))
+    except (ValueError, TypeError, KeyError) as error:
         log.debug("a kept report cannot be read", exc_info=error)
         return None

@@ -29,6 +29,7 @@ Source: `torch._functorch.partitioners.min_cut_rematerialization_partition`,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 
 import torch
 from torch.fx import Graph, Node
@@ -243,30 +244,27 @@ class _Builder:
 
     def finish(self) -> Liveness:
         self.reuse_in_place()
+        tangent = tangent_nodes(self.graph)
+        made = [n for n in map(self.root, self.outputs) if n.op != "placeholder"]
+        gradients = {n for n in made if n in tangent}
         buffers: list[Buffer] = []
+        delta, delta_gradients = [0] * (len(self.order) + 1), [0] * (len(self.order) + 1)
         for (node, _), (first, last) in self.uses.items():
             size = nbytes(node.meta["val"])
             if size:
                 buffers.append(Buffer(node.name, op_name(node), size, first, last, source_of(node)))
+                for sums in (delta, delta_gradients) if node in gradients else (delta,):
+                    sums[first] += size
+                    sums[last + 1] -= size
         buffers.sort(key=lambda b: (b.born, b.node))
-        delta = [0] * (len(self.order) + 1)
-        for b in buffers:
-            delta[b.born] += b.nbytes
-            delta[b.dies + 1] -= b.nbytes
-        live: list[int] = []
-        total = 0
-        for step, node in enumerate(self.order):
-            total += delta[step]
-            live.append(total + self.transient(node))
-        tangent = tangent_nodes(self.graph)
-        roots = {self.root(n) for n in self.outputs}
-        made = [n for n in roots if n.op != "placeholder"]
+        extra = [self.transient(node) for node in self.order]
+        live = [n + more for n, more in zip(accumulate(delta), extra, strict=False)]
         return Liveness(
             buffers=tuple(buffers),
             steps=tuple(n.name for n in self.order),
             live_bytes=tuple(live),
-            output_bytes=sum(nbytes(n.meta.get("val")) for n in made),
-            gradient_bytes=sum(nbytes(n.meta.get("val")) for n in made if n in tangent),
+            output_bytes=sum(nbytes(n.meta.get("val")) for n in set(made)),
+            gradient_bytes=tuple(accumulate(delta_gradients))[: len(live)],
         )
 
 

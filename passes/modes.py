@@ -48,6 +48,10 @@ class Bodies:
         Node, ...
     ] = ()  # gradient-in-forward: scalars between the tangent and the region, in order
 
+    @property
+    def all(self) -> tuple[Body, ...]:
+        return tuple(b for b in (self.forward, self.backward) if b is not None)
+
 
 def region_outputs(region: Region, tangent: set[Node]) -> tuple[list[Node], list[Node]]:
     """The values that outside nodes read, forward and backward, in graph order."""

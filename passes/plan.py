@@ -14,6 +14,10 @@ Algorithm
        model that may be one: what the layer makes is then small beside what all layers keep.
     5. Keep the plan only if the predicted peak falls by at least `MIN_GAIN`.
 
+With a `tightness` (a memory budget, see `mstc.budget`) the plan is the one that costs least for a
+target between the predicted peak without loops (0) and with chunks as small as may be (1): regions
+are added only until the target is met, and chunks are as large as it allows.
+
 A plan that is given (`fixed`) is carried out instead: every region that one of its loops was made
 of, in that mode and with that chunk.
 
@@ -23,8 +27,9 @@ of all sequences).
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch.fx import Graph, Node
@@ -33,6 +38,7 @@ from passes import rules
 from passes.axes import Axes
 from passes.body import Body, BodyError
 from passes.chunk import ChunkedGraph, UnorderedLoops, chunk_graph, mutated_inputs
+from passes.cost import extra_work
 from passes.liveness import analyze_liveness, saved_values, tangent_nodes
 from passes.modes import Bodies, gradient_in_forward, recompute
 from passes.records import (
@@ -65,6 +71,12 @@ class PlanOptions:
     chunk_rows: int | None = None  # rows per chunk, instead of the planner's choice
     gradient_in_forward: bool = True  # False: always recompute
     fixed: tuple[FixedLoop, ...] | None = None  # these loops, and no planning
+    tightness: float | None = None  # 0: no loop, 1: the smallest chunks; None: the rule of step 4
+    least_divisor: int = 1  # makes the least chunk smaller, where `tightness` 1 is not enough
+
+    def __post_init__(self) -> None:
+        assert self.tightness is None or 0 <= self.tightness <= 1
+        assert self.least_divisor >= 1
 
 
 @dataclass(frozen=True)
@@ -121,6 +133,16 @@ def even_chunk(length: int, wanted: int, least: int) -> int:
     return math.ceil(length / max(1, math.ceil(length / wanted)))
 
 
+def largest_chunk(length: int, most: int, least: int) -> int:
+    """The largest chunk of at most `most` positions (at least `least`), or up to half as large if
+    that divides `length`."""
+    most = min(length, max(most, least, 1))
+    for chunk in range(most, max(most // 2, least - 1), -1):
+        if length % chunk == 0:
+            return chunk
+    return math.ceil(length / math.ceil(length / most))
+
+
 def left_alone(planned: Planned, reason: str) -> Planned:
     """The same facts, but the graph stays as it is, for a reason."""
     plan = planned.plan
@@ -132,6 +154,8 @@ def left_alone(planned: Planned, reason: str) -> Planned:
         refusals=(refusal, *plan.refusals),
         peak_after=plan.peak_before,
         after=plan.before,
+        floor=plan.peak_before,
+        extra_work=0.0,
     )
     return Planned(unchanged, None)
 
@@ -148,6 +172,27 @@ class Facts:
     refusals: list[Refusal]
 
 
+@dataclass(frozen=True)
+class Round:
+    """Loops that were chosen, the graph with them, and the memory that it takes."""
+
+    chosen: dict[LoopPlan, Bodies]
+    chunked: ChunkedGraph
+    live: Liveness
+
+
+def _lowest(rounds: Sequence[Round]) -> int:
+    return min(one.live.peak_bytes for one in rounds)
+
+
+Sizing = Callable[[LoopPlan, Bodies, ChunkedGraph, Liveness], LoopPlan]
+"""Gives a loop its chunks, from the rewritten graph and its memory without any chunk alive."""
+
+
+def _sized(plan: LoopPlan, chunk: int) -> LoopPlan:
+    return replace(plan, chunk=chunk, num_chunks=math.ceil(plan.region.length / chunk))
+
+
 class _Planner:
     def __init__(
         self, facts: Facts, options: PlanOptions, loop_op: Callable[..., object], lowering: str
@@ -161,20 +206,40 @@ class _Planner:
         self.mutated = mutated_inputs(self.graph)
         self.saved = saved_values(self.graph)
         self.known_bytes: dict[tuple[str, int], int] = {}
+        self.prepared: dict[tuple[Region, Mode | None], tuple[LoopPlan, Bodies] | None] = {}
 
     def run(self) -> Planned:
         before = analyze_liveness(self.facts.original)
         if self.options.fixed is not None:
             return self.replay(before, self.options.fixed)
-        if before.peak_bytes < self.options.min_peak_bytes:
+        if self.options.tightness is None and before.peak_bytes < self.options.min_peak_bytes:
             return self.untouched(before)
-        chosen: dict[LoopPlan, Bodies] = {}
-        unlooped = ChunkedGraph(self.graph, ()) if self.facts.rewrites else None
         changed = self.graph is not self.facts.original
-        without_loops = analyze_liveness(self.graph) if changed else before
-        chunked, now, rest = unlooped, without_loops, list(self.regions)
-        rounds: list[tuple[dict[LoopPlan, Bodies], Liveness]] = [({}, now)]
-        while True:
+        unlooped = analyze_liveness(self.graph) if changed else before
+        if self.options.tightness is None:
+            rounds = self.rounds(unlooped, self.rule)
+            best = WORTH_A_ROUND * _lowest(rounds)
+            worth = (1 - MIN_GAIN) * before.peak_bytes
+        else:
+            rounds = self.rounds(unlooped, self.least_of)
+            lowest = _lowest(rounds)
+            share = (lowest / max(unlooped.peak_bytes, 1)) ** self.options.tightness
+            target = math.ceil(share * unlooped.peak_bytes)
+            if self.options.tightness < 1:
+                rounds = self.rounds(unlooped, functools.partial(self.largest, target), target)
+            best = max(target, _lowest(rounds))
+            worth = before.peak_bytes
+        kept = next(one for one in rounds if one.live.peak_bytes <= best)
+        if kept.live.peak_bytes > worth or not (kept.chosen or self.facts.rewrites):
+            return self.untouched(before)
+        return self.planned(kept, before)
+
+    def rounds(self, unlooped: Liveness, size: Sizing, enough: int = 0) -> list[Round]:
+        """Step 2 of the algorithm, until the predicted peak is `enough` bytes."""
+        chosen: dict[LoopPlan, Bodies] = {}
+        now, rest = unlooped, list(self.regions)
+        found = [Round({}, ChunkedGraph(self.graph, ()), now)]
+        while now.peak_bytes > enough:
             at_peak = self.on_peak(now, rest)
             rest = [r for r in rest if r not in at_peak]
             planned = [p for p in map(self.prepare, at_peak) if p is not None]
@@ -183,19 +248,12 @@ class _Planner:
             chosen.update(planned)
             chunked = self.rewrite(chosen)
             floor = analyze_liveness(chunked.graph)
-            sized = {p: self.resize(p, b, floor) for p, b in chosen.items()}
+            sized = {p: size(p, b, chunked, floor) for p, b in chosen.items()}
             chunked = chunked.resized(sized)
             chosen = {sized[p]: b for p, b in chosen.items()}
             now = self.with_bodies(chunked)
-            rounds.append((dict(chosen), now))
-        best = WORTH_A_ROUND * min(live.peak_bytes for _, live in rounds)
-        kept, now = next(one for one in rounds if one[1].peak_bytes <= best)
-        if len(kept) < len(chosen):
-            chosen = kept
-            chunked = self.rewrite(chosen) if chosen else unlooped
-        if chunked is None or now.peak_bytes > (1 - MIN_GAIN) * before.peak_bytes:
-            return self.untouched(before)
-        return self.planned(chosen, chunked, before, now)
+            found.append(Round(dict(chosen), chunked, now))
+        return found
 
     def replay(self, before: Liveness, fixed: Sequence[FixedLoop]) -> Planned:
         """The loops of an earlier plan, as far as this graph has them."""
@@ -209,29 +267,32 @@ class _Planner:
             if plan.mode != wanted.mode and region.backward:  # without, there is one mode
                 self.refuse(region, f"the plan wants {wanted.mode}, which is not proven right here")
                 continue
-            chunk = min(wanted.chunk, region.length)
-            number = math.ceil(region.length / chunk)
-            chosen[replace(plan, chunk=chunk, num_chunks=number)] = bodies
+            chosen[_sized(plan, min(wanted.chunk, region.length))] = bodies
         if not chosen and not self.facts.rewrites:
             return self.untouched(before)
         chunked = self.rewrite(chosen) if chosen else ChunkedGraph(self.graph, ())
-        return self.planned(chosen, chunked, before, self.with_bodies(chunked))
+        return self.planned(Round(chosen, chunked, self.with_bodies(chunked)), before)
 
-    def planned(
-        self,
-        chosen: Mapping[LoopPlan, Bodies],
-        chunked: ChunkedGraph,
-        before: Liveness,
-        now: Liveness,
-    ) -> Planned:
-        start, after = (live.peak_bytes - live.gradient_bytes for live in (before, now))
-        refused = self.relevant(before)
-        plan = Plan(tuple(chosen), self.facts.rewrites, refused, start, after, before, now)
-        return Planned(plan, chunked)
+    def planned(self, made: Round, before: Liveness) -> Planned:
+        floor = analyze_liveness(made.chunked.graph)
+        start, after, least = (live.peak_intermediate_bytes for live in (before, made.live, floor))
+        plan = Plan(
+            loops=tuple(made.chosen),
+            rewrites=self.facts.rewrites,
+            refusals=self.relevant(before),
+            peak_before=start,
+            peak_after=after,
+            before=before,
+            after=made.live,
+            floor=least,
+            extra_work=extra_work(self.facts.original, made.chosen.values()),
+        )
+        return Planned(plan, made.chunked)
 
     def untouched(self, before: Liveness) -> Planned:
-        start = before.peak_bytes - before.gradient_bytes
-        return Planned(Plan((), (), self.relevant(before), start, start, before, before), None)
+        start = before.peak_intermediate_bytes
+        plan = Plan((), (), self.relevant(before), start, start, before, before, start, 0.0)
+        return Planned(plan, None)
 
     def relevant(self, before: Liveness) -> tuple[Refusal, ...]:
         """Refusals large enough to matter; those of equal layers are one."""
@@ -259,6 +320,12 @@ class _Planner:
 
     def prepare(self, region: Region, mode: Mode | None = None) -> tuple[LoopPlan, Bodies] | None:
         """The bodies of a region, in the best mode (or in `mode`, if it can), or a refusal."""
+        key = region, mode
+        if key not in self.prepared:
+            self.prepared[key] = self.written(region, mode)
+        return self.prepared[key]
+
+    def written(self, region: Region, mode: Mode | None) -> tuple[LoopPlan, Bodies] | None:
         foreign = frozenset(n for r in self.regions if r is not region for n in r.nodes)
         try:
             bodies = None
@@ -282,25 +349,62 @@ class _Planner:
             Refusal(op_name(seed), reason, source_of(seed), region.inside_bytes, advice)
         )
 
-    def resize(self, plan: LoopPlan, bodies: Bodies, floor: Liveness) -> LoopPlan:
-        region = plan.region
-        per_row = _rows_per_position(region)
-        if self.options.chunk_rows is not None:
-            chunk = max(1, min(region.length, self.options.chunk_rows // per_row))
-            return replace(plan, chunk=chunk, num_chunks=math.ceil(region.length / chunk))
+    def rule(
+        self, plan: LoopPlan, bodies: Bodies, chunked: ChunkedGraph, floor: Liveness
+    ) -> LoopPlan:
+        """Step 4 of the algorithm."""
+        length = plan.region.length
+        if (asked := self.asked(plan)) is not None:
+            return asked
         per_position = max(
-            1,
-            *(
-                self.body_bytes(b, region) / region.length
-                for b in (bodies.forward, bodies.backward)
-                if b
-            ),
+            (self.body_bytes(b, plan.region) / length for b in bodies.all), default=1
         )
-        small = SMALL * self.options.min_peak_bytes / per_position
-        least = max(1, self.options.min_rows // per_row, min(round(small), region.length))
-        wanted = max(least, int(TRANSIENT_SHARE * floor.peak_bytes / per_position))
-        chunk = even_chunk(region.length, min(wanted, region.length), least)
-        return replace(plan, chunk=chunk, num_chunks=math.ceil(region.length / chunk))
+        least = self.least(plan, bodies)
+        wanted = max(least, int(TRANSIENT_SHARE * floor.peak_bytes / max(1, per_position)))
+        return _sized(plan, even_chunk(length, min(wanted, length), least))
+
+    def least_of(
+        self, plan: LoopPlan, bodies: Bodies, chunked: ChunkedGraph, floor: Liveness
+    ) -> LoopPlan:
+        """The smallest chunks."""
+        least = self.least(plan, bodies)
+        return self.asked(plan) or _sized(plan, largest_chunk(plan.region.length, least, 1))
+
+    def largest(
+        self,
+        target: int,
+        plan: LoopPlan,
+        bodies: Bodies,
+        chunked: ChunkedGraph,
+        floor: Liveness,
+    ) -> LoopPlan:
+        """The largest chunks with which memory stays below `target` while the loops run."""
+        length, least = plan.region.length, self.least(plan, bodies)
+        most = length
+        for loop in chunked.loops:
+            if loop.plan is plan:
+                room = target - floor.live_bytes[floor.steps.index(loop.node.name)]
+                per_position = self.body_bytes(loop.body, plan.region) / length
+                most = min(most, int(room / max(1, per_position)))
+        return self.asked(plan) or _sized(plan, largest_chunk(length, most, min(least, length)))
+
+    def asked(self, plan: LoopPlan) -> LoopPlan | None:
+        """The chunk that the user asked for, if any."""
+        if self.options.chunk_rows is None:
+            return None
+        region = plan.region
+        chunk = max(1, self.options.chunk_rows // _rows_per_position(region))
+        return _sized(plan, min(region.length, chunk))
+
+    def least(self, plan: LoopPlan, bodies: Bodies) -> int:
+        """The fewest positions per chunk."""
+        region, divisor = plan.region, self.options.least_divisor
+        per_position = max(
+            (self.body_bytes(b, region) / region.length for b in bodies.all), default=1
+        )
+        small = SMALL * self.options.min_peak_bytes / max(1, per_position)
+        rows = self.options.min_rows // _rows_per_position(region)
+        return max(1, rows // divisor, min(round(small / divisor), region.length))
 
     def rewrite(self, chosen: dict[LoopPlan, Bodies]) -> ChunkedGraph:
         """The graph with all of `chosen`; those that cannot be ordered leave `chosen`, refused."""

@@ -39,7 +39,7 @@ class Liveness:
     steps: tuple[str, ...]  # node names in schedule order
     live_bytes: tuple[int, ...]  # bytes alive during each step
     output_bytes: int  # bytes of the graph's outputs that are no inputs: loss and gradients
-    gradient_bytes: int  # of these, the bytes that depend on a tangent
+    gradient_bytes: tuple[int, ...]  # of `live_bytes`, those of outputs that depend on a tangent
 
     @property
     def peak_step(self) -> int:
@@ -49,6 +49,13 @@ class Liveness:
     def peak_bytes(self) -> int:
         """The most bytes alive at one step, gradients included."""
         return max(self.live_bytes, default=0)
+
+    @property
+    def peak_intermediate_bytes(self) -> int:
+        """The most bytes alive at one step that are no gradients: what `mstc.measure_peak` calls
+        `peak_intermediate_nbytes`."""
+        both = zip(self.live_bytes, self.gradient_bytes, strict=True)
+        return max((live - gradients for live, gradients in both), default=0)
 
     @property
     def peak_node(self) -> str:
@@ -146,3 +153,5 @@ class Plan:
     peak_after: int  # predicted bytes, gradients not counted
     before: Liveness = field(repr=False)
     after: Liveness = field(repr=False)
+    floor: int  # predicted bytes of these loops with chunks of nothing, gradients not counted
+    extra_work: float  # multiplications done once more, as a share of all that the step needs

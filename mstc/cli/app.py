@@ -22,6 +22,7 @@ from mstc import plans
 from mstc.cli import checks, fit, text
 from mstc.cli.subject import Subject, SubjectError, Wanted, load_subject
 from mstc.errors import OptionError, SimulationError
+from mstc.quantity import parse_bytes
 from mstc.simulate import Backend, simulate_step
 from mstc.watch import SimulatedTrace
 
@@ -114,7 +115,10 @@ def fit_command(
     as_json: AsJson = False,
 ) -> None:
     """The longest sequence that fits: as it is, checkpointed, and under mst."""
-    room = fit.parse_bytes(memory)
+    try:
+        room = parse_bytes(memory)
+    except ValueError as error:
+        raise SubjectError(f"--memory {memory}: {error}.") from None
     if optimizer not in fit.OPTIMIZERS:
         raise SubjectError(f"--optimizer {optimizer}: one of {', '.join(fit.OPTIMIZERS)}.")
     wanted = Wanted(1, batch_size, dtype)

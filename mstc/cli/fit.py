@@ -21,7 +21,6 @@ depend on the planner's choice for one length.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -43,8 +42,6 @@ _FIRST = 4096  # tokens at which the step is compiled
 _GRAIN = 1024  # tokens, to which an answer is rounded down
 _MOST = 1 << 26  # tokens; nobody asks for more
 _CLOSE = 0.005  # of the length, at which the search ends
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @dataclass(frozen=True)
@@ -76,23 +73,6 @@ class Fit:
     seq_len: int | None  # tokens per sequence; None: not even `_GRAIN` fit
     state_nbytes: int  # weights and optimizer state
     step_nbytes: int  # peak of the step at `seq_len`, gradients included; 0 if not even state fits
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of "80GiB", "80 GB" or "1e9".
-
-    Raises:
-        SubjectError: no number, an unknown unit, or nothing at all.
-    """
-    match = re.fullmatch(r"\s*([-+.\deE]+?)\s*([a-zA-Z]*)\s*", text)
-    unit = (match[2] or "B").upper() if match else ""
-    try:
-        value = float(match[1]) * _UNITS[unit] if match else float("nan")
-    except (ValueError, KeyError):
-        value = float("nan")
-    if not value >= 1 or value == float("inf"):
-        raise SubjectError(f"--memory {text}: say for example 80GiB, 24GB or 512MiB.")
-    return int(value)
 
 
 def fit(model: str, memory: int, wanted: Wanted, way: Way, optimizer: str = "adamw") -> Fit:

@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from mstc.cli.subject import SubjectError
-from mstc.cli.text import size
+from mstc.quantity import format_bytes as size
 from mstc.watch import SimulatedTrace
 
 _COLORS = {"inductor": "#8a8f98", "mst": "#2b6cb0", "eager": "#c05621"}

@@ -13,6 +13,7 @@ from mstc.cli.checks import Check
 from mstc.cli.fit import WAYS, Fit
 from mstc.cli.subject import Subject
 from mstc.plans import Change
+from mstc.quantity import format_bytes as size
 from mstc.report import Report
 from mstc.watch import SimulatedTrace
 
@@ -24,18 +25,6 @@ _ASSUMED = """\
 step: the peak of forward and backward, gradients included. state: weights and the states of \
 {optimizer}, in the weights' dtype. mst with options={options}. Simulated from the code that \
 Inductor writes for a CPU; no CUDA context, fragmentation or communication is in it."""
-
-
-def size(nbytes: float) -> str:
-    """Bytes with a unit, three digits."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if nbytes >= unit:
-            return (
-                f"{nbytes / unit:.3g} {name}"
-                if nbytes < 1000 * unit
-                else f"{nbytes / unit:,.0f} {name}"
-            )
-    return f"{nbytes:.0f} B"
 
 
 def print_explanation(

@@ -133,7 +133,7 @@ class Program:
         buffers: list[torch.Tensor | None] = [
             o.empty(sizes, device) if o.kind == "split" else None for o in self.outputs
         ]
-        for start, size in only(list(_chunks(sizes[0], chunk))):
+        for start, size in only(list(chunks_of(sizes[0], chunk))):
             self._step(inputs, sizes, start, size, buffers)
         return [
             b if b is not None else o.empty(sizes, device).zero_()
@@ -148,7 +148,7 @@ class Program:
         size: int,
         buffers: list[torch.Tensor | None],
     ) -> None:
-        tensors = self._slices(inputs, sizes, start, size)
+        tensors = self.slices(inputs, sizes, start, size)
         own = (size, *sizes[1:])
         values = iter(self.function(own, tensors)(own, tensors))
         del tensors
@@ -165,7 +165,7 @@ class Program:
             else:
                 buffers[index] = _add(buffers[index], value, output)
 
-    def _slices(
+    def slices(
         self, inputs: Sequence[torch.Tensor], sizes: Sequence[int], start: int, size: int
     ) -> list[torch.Tensor]:
         return [
@@ -195,8 +195,8 @@ class Program:
             kernels are built. Only then another thread may find the body.
         """
         waits: list[Callable[[], None]] = []
-        for start, size in _chunks(sizes[0], chunk):
-            tensors = self._slices(inputs, sizes, start, size)
+        for start, size in chunks_of(sizes[0], chunk):
+            tensors = self.slices(inputs, sizes, start, size)
             key = (size, *sizes[1:]), _form(tensors)
             if key in self.compiled or (id(self), key) in started:
                 continue
@@ -281,7 +281,7 @@ class Program:
         warnings.warn(what, BodyCompilationWarning, stacklevel=3)
 
 
-def _chunks(length: int, chunk: int) -> Iterator[tuple[int, int]]:
+def chunks_of(length: int, chunk: int) -> Iterator[tuple[int, int]]:
     """Start and size of every chunk, in positions."""
     start = 0
     while start < length:

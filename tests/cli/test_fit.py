@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mstc.cli import fit
 from mstc.cli.app import run
-from mstc.cli.subject import SubjectError, Wanted, load_subject
+from mstc.cli.subject import Wanted, load_subject
 from mstc.simulate import simulate_step
 from tests.models import fresh_compiler  # noqa: F401  (an autouse fixture)
 
@@ -33,20 +33,6 @@ def config(tmp_path: Path) -> str:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(CONFIG))
     return str(path)
-
-
-@pytest.mark.parametrize(
-    ("text", "nbytes"),
-    [("80GiB", 80 * 2**30), ("24 gb", 24 * 10**9), ("1e9", 10**9), ("0.5MiB", 2**19), ("7B", 7)],
-)
-def test_sizes_of_memory(text: str, nbytes: int) -> None:
-    assert fit.parse_bytes(text) == nbytes
-
-
-@pytest.mark.parametrize("text", ["", "0", "-1GiB", "nan", "inf", "lots", "8 apples", "1e999GB"])
-def test_memory_that_is_none(text: str) -> None:
-    with pytest.raises(SubjectError, match="say for example 80GiB"):
-        fit.parse_bytes(text)
 
 
 @given(

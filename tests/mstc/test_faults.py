@@ -121,7 +121,7 @@ def test_bodies_that_cannot_be_compiled_in_forward_and_backward(
 ) -> None:
     from mstc import driver
 
-    def eagerly(gm: Any, inputs: Any, graph_pass: Any, config: Any) -> Any:
+    def eagerly(gm: Any, inputs: Any, graph_pass: Any, config: Any, **kwargs: Any) -> Any:
         return driver.compile_outer_eager(gm, inputs, graph_pass)
 
     monkeypatch.setattr(driver, "compile_outer", eagerly)  # only the bodies are of interest

@@ -126,8 +126,11 @@ def test_what_the_backward_reads_is_saved():
 
 def test_gradients_are_told_apart():
     live = analyze_liveness(joint())
-    assert live.gradient_bytes == (10 * 4 + 4 * 32 + 32 * 4) * F32
-    assert live.output_bytes == live.gradient_bytes + F32
+    assert live.gradient_bytes[0] == 0
+    assert live.gradient_bytes[-1] == (10 * 4 + 4 * 32 + 32 * 4) * F32
+    assert live.output_bytes == live.gradient_bytes[-1] + F32
+    assert live.peak_bytes - live.gradient_bytes[-1] <= live.peak_intermediate_bytes
+    assert live.peak_intermediate_bytes <= live.peak_bytes
     assert live.live_bytes[-1] >= live.output_bytes
 
 

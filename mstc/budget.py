@@ -1,0 +1,222 @@
+"""A memory budget: how a graph is compiled so that its step takes no more.
+
+Terms
+    budget    the most bytes that a step may take above what was there when it began (weights,
+              optimizer state, batch): intermediate values and gradients, as `mstc.measure_peak`
+              counts `peak_nbytes`. Each graph has it for itself.
+    setting   one way to compile a graph. `LADDER` has them in order, each smaller and slower than
+              the one before: no loops, loops with ever smaller chunks, then recomputation of what
+              is between loops (AOTAutograd's `activation_memory_budget`), then chunks below the
+              rows that keep a device busy.
+
+Algorithm
+    1. A setting's peak is that of the code which Inductor writes for it, run on fake tensors
+       (`mstc.emission`, `mstc.watch`): no estimate, and no kernel is built.
+    2. Bisection finds the first setting whose peak is within the budget. Which settings are looked
+       at depends on the answers alone, so a smaller budget never ends at an earlier setting.
+    3. What was found is kept on disk, beside PyTorch's compiled graphs.
+
+Not handled: graphs whose sizes are left open cannot be simulated; they get the smallest chunks, and
+the report says so. A loss in eager code is planned without a budget. Memory that kernels take while
+they run is not seen (see `mstc.simulate`). Activation offload is not used.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch.fx import GraphModule
+
+from mstc.errors import BudgetError, BudgetWarning, OptionError
+from mstc.inductor import detect_fake_mode, unrecorded
+from mstc.options import Options, Setting
+from mstc.quantity import format_bytes
+from mstc.saved import load_entry, save_entry
+from mstc.watch import Watch
+
+Compile = Callable[[GraphModule, Sequence[Any], Options], Callable[..., Any]]
+
+_STEPS = 8  # between no loops and the smallest chunks
+CHUNKED = tuple(Setting(tightness=i / _STEPS) for i in range(_STEPS + 1))
+RECOMPUTED = tuple(Setting(tightness=1.0, activation_budget=share) for share in (0.5, 0.2, 0.05))
+SMALLEST = tuple(
+    Setting(tightness=1.0, least_divisor=divisor, activation_budget=0.05) for divisor in (4, 16)
+)
+LADDER = (*CHUNKED, *RECOMPUTED, *SMALLEST)
+
+
+def budget_bytes(budget: int | float, device: torch.device) -> int:
+    """A budget in bytes.
+
+    Args:
+        budget: bytes (int), or a share of the device's memory (float).
+        device: where the graph runs.
+
+    Raises:
+        OptionError: more than the device has.
+    """
+    total = _device_bytes(device)
+    if isinstance(budget, float):
+        if total is None:
+            raise OptionError(
+                f'options["memory_budget"] is {budget}: how much memory {device} has is not known '
+                "here; give bytes."
+            )
+        return int(budget * total)
+    if total is not None and budget > total:
+        raise OptionError(
+            f'options["memory_budget"] is {format_bytes(budget)}, and {device} has '
+            f"{format_bytes(total)}."
+        )
+    return budget
+
+
+def _device_bytes(device: torch.device) -> int | None:
+    """The memory of a device; None for one that is not there."""
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return None
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def settle(
+    graph: GraphModule, inputs: Sequence[Any], options: Options, compile_: Compile, key: str
+) -> tuple[Options, str]:
+    """Choose a setting for a graph.
+
+    Args:
+        graph: a Dynamo graph that neither takes nor returns deferred tensors.
+        inputs: example inputs, fake.
+        options: with a budget.
+        compile_: compiles for a simulation, with given options.
+        key: what names the graph and the options, to find what was chosen before.
+
+    Returns:
+        the options with the setting, and a line for the report.
+
+    Raises:
+        OptionError: see `budget_bytes`.
+        BudgetError: no setting is small enough, and the options do not ask for a warning.
+    """
+    assert options.memory_budget is not None
+    tensors = [t for t in inputs if isinstance(t, Tensor)]
+    device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
+    budget = budget_bytes(options.memory_budget, device)
+    if not _has_fixed_sizes(inputs):
+        setting = CHUNKED[-1]
+        line = "its sizes are left open, so no peak is known: the smallest chunks"
+        return replace(options, setting=setting), f"memory budget {format_bytes(budget)}: {line}"
+    chosen = _kept(key)
+    if chosen is None:
+        chosen = _search(graph, inputs, options, compile_, budget)
+        save_entry("budgets", key, json.dumps([asdict(chosen[0]), chosen[1]]))
+    setting, peak = chosen
+    line = f"memory budget {format_bytes(budget)}: {setting}; simulated peak {format_bytes(peak)}"
+    if peak > budget:
+        advice = (
+            f"a step of this graph takes {format_bytes(peak)} at least, and "
+            f'options["memory_budget"] is {format_bytes(budget)}. Give it more, shorten the '
+            "sequence or the batch, or checkpoint the model's layers."
+        )
+        if options.over_budget == "raise":
+            raise BudgetError(f'{advice} (options["over_budget"]="warn" goes on anyway.)')
+        warnings.warn(advice, BudgetWarning, stacklevel=2)
+    return replace(options, setting=setting), line
+
+
+def _has_fixed_sizes(inputs: Sequence[Any]) -> bool:
+    return all(
+        isinstance(size, int)
+        for value in inputs
+        for size in ((*value.shape, *value.stride()) if isinstance(value, Tensor) else (value,))
+    )
+
+
+def _kept(key: str) -> tuple[Setting, int] | None:
+    text = load_entry("budgets", key)
+    try:
+        setting, peak = json.loads(text or "")
+        return Setting(**setting), int(peak)
+    except (ValueError, TypeError):
+        return None
+
+
+def _search(
+    graph: GraphModule, inputs: Sequence[Any], options: Options, compile_: Compile, budget: int
+) -> tuple[Setting, int]:
+    """The first setting within the budget, or the smallest that was looked at, and its peak."""
+    known: dict[int, int] = {}
+    trains = any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
+    ladder = LADDER if trains and torch.is_grad_enabled() else (*CHUNKED, *_WITHOUT_GRADIENTS)
+
+    def fits(index: int) -> bool:
+        if index not in known:
+            own = replace(options, setting=ladder[index])
+            known[index] = graph_peak(graph, inputs, own, compile_)
+        return known[index] <= budget
+
+    chunked = len(CHUNKED) - 1
+    low, high = (-1, chunked) if fits(chunked) else (chunked, len(ladder) - 1)
+    if not fits(high):
+        return min(((ladder[i], n) for i, n in known.items()), key=lambda one: one[1])
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return ladder[high], known[high]
+
+
+_WITHOUT_GRADIENTS = tuple(Setting(tightness=1.0, least_divisor=divisor) for divisor in (4, 16))
+
+
+def graph_peak(
+    graph: GraphModule, inputs: Sequence[Any], options: Options, compile_: Compile
+) -> int:
+    """The most bytes that one forward and backward pass of a graph takes, gradients included.
+
+    The caller is taken to hold what the graph returns until the backward has ended, as in
+    ``out = model(...); out.loss.backward()``.
+
+    Args:
+        as for `settle`.
+    """
+    mode = detect_fake_mode(inputs)
+    assert mode is not None, "Dynamo traces with fake tensors"
+    copied = copy.deepcopy(graph.graph)  # compiling changes it
+    with unrecorded(), tracing(TracingContext(mode)), mode:
+        own = [_fresh(value) for value in inputs]
+        compiled = compile_(GraphModule(graph, copied), own, replace(options, lowering="emit"))
+        leaves = [t for t in own if isinstance(t, Tensor) and t.requires_grad]
+        tangents: list[Tensor] = []
+
+        def step() -> None:
+            outputs = compiled(*own)
+            results = [t for t in outputs if isinstance(t, Tensor) and t.requires_grad]
+            if not tangents:
+                tangents.extend(map(torch.empty_like, results))
+            if results:
+                torch.autograd.backward(results, tangents)
+
+        step()
+        for leaf in leaves:
+            leaf.grad = None
+        watch = Watch([*(t for t in own if isinstance(t, Tensor)), *tangents])
+        with watch:
+            step()
+        return watch.summary([t.grad for t in leaves if t.grad is not None]).peak_nbytes
+
+
+def _fresh(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    return made.requires_grad_(value.requires_grad)
