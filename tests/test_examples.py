@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import accuracy, measure, memory, models, table
 from examples import huggingface, plain_pytorch
-from examples.demo import corpus, picture
+from examples.demo import corpus
 from examples.demo.__main__ import main as demo
 
 TINY = {"tokens": 128, "vocab": 512, "hidden": 64, "layers": 1, "steps": 2}
@@ -35,7 +35,9 @@ def test_demo_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert demo([*arguments, "--contenders=eager", f"--out={tmp_path}"]) == 0
     printed = capsys.readouterr().out
     assert "peak intermediate MiB" in printed
-    assert "eager" in printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("eager ")]
+    _, measured, predicted, *_ = line.split()
+    assert float(measured) == float(predicted) > 0
     assert (tmp_path / "memory-cpu.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "memory-cpu.svg").read_text()
 
@@ -49,15 +51,6 @@ def test_demo_batches_are_the_text():
     assert texts[0].startswith(tokenizer.decode(ids))
     with pytest.raises(ValueError, match="need more text"):
         corpus.batches(texts[:1], tokenizer, tokens=32, count=10**6)
-
-
-def test_demo_picture_keeps_extremes():
-    timeline = [(float(i), (i * 7919) % 10007) for i in range(10007)]
-    thinned = picture.thin(timeline, count=500)
-    assert len(thinned) <= 501
-    assert max(n for _, n in thinned) == 10006
-    assert min(n for _, n in thinned) == 0
-    assert [t for t, _ in thinned] == sorted(t for t, _ in thinned)
 
 
 def test_benchmark_writes_resumes_and_refuses(

@@ -5,40 +5,58 @@
     python -m examples.demo --contenders eager,mst --steps 4
 
 Each contender trains the same weights on the same batches in a process of its own. One table is
-printed and one picture saved: the memory over one step.
+printed, in which the measured peak stands beside the one that was predicted without running
+anything (`mstc.simulate_step`), and one picture saved: the predicted memory over one step, as
+`mstc plot` draws it.
 """
 
 import argparse
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tabulate import tabulate
 
 from benchmarks import measure
 from examples.demo import corpus
-from examples.demo.picture import draw
-from examples.demo.train import LARGE, SMALL, Setup, train
+from examples.demo.train import LARGE, SMALL, Setup, build, train
+from mstc.cli.picture import draw
+from mstc.runtime.memory import MemoryTrace
+from mstc.simulate import Backend, simulate_step
+from mstc.watch import SimulatedTrace
 
 MIB = 2**20
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
+def table(results: dict[str, dict[str, Any]], traces: Mapping[str, MemoryTrace]) -> str:
     rows = [
         (
             name,
             f"{result['peak_intermediate_nbytes'] / MIB:,.1f}",
+            f"{traces[name].peak_intermediate_nbytes / MIB:,.1f}",
             f"{result['step_s']:.3f}",
             f"{result['compile_s']:.1f}",
             " ".join(f"{loss:.4f}" for loss in result["losses"]),
         )
         for name, result in results.items()
     ]
-    header = ("", "peak intermediate MiB", "s per step", "first step s", "loss of each step")
-    return tabulate(rows, header, disable_numparse=True, colalign=("left", *["right"] * 3, "left"))
+    header = ("", "peak intermediate MiB", "predicted", "s per step", "first step s")
+    header += ("loss of each step",)
+    return tabulate(rows, header, disable_numparse=True, colalign=("left", *["right"] * 4, "left"))
+
+
+def predict(setup: Setup, contenders: Sequence[str]) -> dict[str, SimulatedTrace]:
+    """The memory of one step of each contender, on tensors without data."""
+    model = build(setup)
+    ids = torch.zeros(1, setup.tokens, dtype=torch.long, device=setup.device)
+    return {
+        name: simulate_step(model, input_ids=ids, labels=ids, backend=cast("Backend", name))
+        for name in contenders
+    }
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, Setup]:
@@ -53,6 +71,9 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, Setup]:
         default = getattr(setup, field)
         parser.add_argument(f"--{field}", type=type(default), default=default)
     options = parser.parse_args(arguments)
+    options.contenders = options.contenders.split(",")
+    if unknown := set(options.contenders) - set(measure.CONTENDERS):
+        parser.error(f"--contenders: {', '.join(sorted(unknown))} is not known")
     if options.steps < 4:
         parser.error(
             "--steps: one to compile, one to warm up, one to time, one to trace: at least 4"
@@ -74,11 +95,13 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="mstc-demo-") as folder:
         path = Path(folder, "batches.pt")
         torch.save(batches, path)
-        for contender in options.contenders.split(","):
+        for contender in options.contenders:
             job = {"contender": contender, "setup": asdict(setup), "batches": str(path)}
             results[contender] = measure.run_fresh("examples.demo", job, show=True)
 
-    print(f"\n{table(results)}")
+    print("predicting each contender's memory without running it")
+    traces = predict(setup, options.contenders)
+    print(f"\n{table(results, traces)}")
     print(
         "Times are from processes one after another; `make bench` lets the contenders take turns.\n"
     )
@@ -90,8 +113,9 @@ def main(arguments: list[str]) -> int:
     paths = [
         folder / f"memory-{setup.device}.{kind}" for folder in folders for kind in ("png", "svg")
     ]
-    timelines = {name: result["timeline"] for name, result in results.items()}
-    draw(timelines, title, paths)
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    draw(traces, title, paths)
     for path in paths:
         print(f"picture: {path}")
     return 0

@@ -84,5 +84,4 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         "compile_s": times[0],
         "step_s": median(times[2:]),
         "peak_intermediate_nbytes": trace.peak_intermediate_nbytes,
-        "timeline": trace.timeline,
     }
