@@ -33,6 +33,13 @@ from passes.source import op_name, source_of
 
 EMITTED = "mst_emitted"  # name of the modules
 ORIGINS = "mst_origins"  # in such a module: name of a buffer -> `Origin`
+VIEWS = frozenset(  # ops that make no memory; a kernel is named after another that it is for
+    f"aten.{name}"
+    for name in (
+        *("t", "view", "_unsafe_view", "reshape", "permute", "transpose", "expand"),
+        *("slice", "select", "squeeze", "unsqueeze", "alias", "detach"),
+    )
+)
 _BUILDER = "async_compile = AsyncCompile()"
 
 
@@ -108,12 +115,14 @@ def _load(path: str, constants: dict[str, Any]) -> ModuleType:
 
 def _origins() -> dict[str, Origin]:
     """Of the buffers in the graph whose module is being loaded."""
-    order = {node: i for i, node in enumerate(V.graph.graph.nodes)}
+    lowered: Any = V.graph
+    order = {node: i for i, node in enumerate(lowered.graph.nodes)}
     found: dict[str, Origin] = {}
-    for buffer in V.graph.buffers:
+    for buffer in lowered.buffers:
         fused = sorted(buffer.origins, key=lambda node: order.get(node, -1))
-        node = buffer.origin_node or (fused[-1] if fused else None)
-        if node is not None:
+        nodes = [*fused, buffer.origin_node] if buffer.origin_node is not None else fused
+        if nodes:
+            node = next((n for n in reversed(nodes) if _op(n) not in VIEWS), nodes[-1])
             found[buffer.get_name()] = Origin(_op(node), source_of(node))
     return found
 

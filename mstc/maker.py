@@ -19,19 +19,11 @@ import torch
 
 import mstc
 import passes
-from mstc.emission import EMITTED, ORIGINS, Origin
+from mstc.emission import EMITTED, ORIGINS, VIEWS, Origin
 from passes.source import place
 
 _ASSIGNED = re.compile(r"\s*(\w+) = ")
 _ORIGINAL = re.compile(r"Original ATen: \[(.*?)\]")
-_VIEWS = {
-    "aten.t",
-    "aten.view",
-    "aten._unsafe_view",
-    "aten.permute",
-    "aten.transpose",
-    "aten.detach",
-}
 _COMMENT_LINES = 40  # after an allocation, in which Inductor says what it is for
 _OURS = tuple(f"{Path(m.__file__ or '').parent}/" for m in (torch, mstc, passes))
 _STDLIB = f"{sysconfig.get_path('stdlib')}/"
@@ -62,7 +54,7 @@ def _emitted(frame: FrameType) -> Origin | None:
         return found
     for line in lines:
         if original := _ORIGINAL.search(line):
-            made = [op for op in original[1].split(", ") if op not in _VIEWS]
+            made = [op for op in original[1].split(", ") if op not in VIEWS]
             return Origin(", ".join(made) or original[1], "")
     return None
 
