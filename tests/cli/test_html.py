@@ -285,31 +285,34 @@ def test_hovering(file: Path, tmp_path: Path) -> None:
         _check_quiet(window)
 
 
+_COLUMN = """
+const chart = document.querySelector("#chart svg"), point = chart.createSVGPoint();
+const paths = [...chart.querySelectorAll(".buffer")];
+point.x = +chart.querySelector(".mark").getAttribute("x1") + 2;
+let covered = 0;
+for (point.y = 0; point.y < 400; point.y += 0.25)
+  covered += 0.25 * paths.some((path) => path.isPointInFill(point));
+const [low, high] = [...chart.querySelectorAll(".grid")].map((line) => +line.getAttribute("y1"));
+const step = chart.querySelectorAll("text")[1].textContent;
+return [covered / (low - high), step];
+"""  # how much of the line after the peak buffers cover, in steps of the scale; and one step
+
+
 @NEEDS_BROWSER
-def test_every_buffer_is_drawn_to_scale(file: Path, tmp_path: Path) -> None:
-    """Heights are bytes: on the screen, too, the buffers at the peak sum up to it."""
-    data = _data(file.read_text())["inductor"]
-    top = data["times"][data["totals"].index(data["peak"])]
+@pytest.mark.parametrize("backend", ["inductor", "mst"])
+def test_buffers_are_drawn_to_scale(
+    made: tuple[str, dict[str, SimulatedTrace]], file: Path, tmp_path: Path, backend: str
+) -> None:
+    trace = made[1][backend]
     with browser(tmp_path, 1200, 900) as window:
         window.open(file)
-        _click(window, "inductor")
-        boxes = window.run(
-            "return [...document.querySelectorAll('#chart .buffer')].map(p => "
-            "[+p.dataset.buffer, p.getBBox().height])"
-        )
+        _click(window, backend)
+        steps, step = window.run(_COLUMN)
         _check_quiet(window)
-    heights = dict(boxes)
-    assert len(heights) == len(data["buffers"])
-    largest = max(range(len(data["buffers"])), key=lambda i: data["buffers"][i][0])
-    per_byte = heights[largest] / data["buffers"][largest][0]
-    alive = [
-        i
-        for i, b in enumerate(data["buffers"])
-        if b[2] <= top and (b[3] is None or b[3] > top) and b[0] * per_byte > 1
-    ]
-    assert len(alive) >= 3
-    for i in alive:  # of one that comes down meanwhile, the box is higher
-        assert heights[i] >= data["buffers"][i][0] * per_byte - 0.3
+    number, unit = step.split()
+    assert unit == "MiB"
+    (total,) = [nbytes for time, nbytes in trace.timeline[1:] if time == trace.peak_time]
+    assert steps * int(number) * 2**20 == pytest.approx(total, rel=0.01)
 
 
 @NEEDS_BROWSER
