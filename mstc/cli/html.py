@@ -19,10 +19,10 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from mstc.cli.subject import Subject, SubjectError, Wanted
+from mstc.cli.subject import DTYPES, Subject, SubjectError, Wanted
 from mstc.cli.text import size
 from mstc.cli.timeline import data_of, intermediate, stands, what
-from mstc.report import Report
+from mstc.report import LoopReport, Report
 from mstc.version import VERSION
 from mstc.watch import SimulatedTrace
 
@@ -100,9 +100,11 @@ def _file(name: str) -> str:
 
 
 def _facts(subject: Subject, wanted: Wanted) -> Iterable[str]:
+    weights = list(subject.model.parameters())  # a tied one is one
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    dtypes = sorted({names.get(p.dtype, str(p.dtype)) for p in weights})
     yield f"{wanted.batch_size:,} × {wanted.seq_len:,} tokens"
-    yield wanted.dtype + (", checkpointed" if wanted.checkpoint else "")
-    weights = list({id(p): p for p in subject.model.parameters()}.values())
+    yield " and ".join(dtypes) + (", checkpointed" if wanted.checkpoint else "")
     nbytes = size(sum(p.nbytes for p in weights))
     yield f"{sum(p.numel() for p in weights):,} weights ({nbytes}, not counted below)"
 
@@ -155,7 +157,7 @@ def _plan(report: Report) -> str:
     rows = [
         (
             '<button type="button" title="show it in the timeline" '
-            f'data-loop="{escape(f"{loop.seed} at {loop.source}")}">'
+            f'data-loop="{escape(_name(loop))}">'
             f"{escape(loop.seed)}</button>"
             + (f" <small>× {loop.count}</small>" if loop.count > 1 else "")
             + _code(loop.source),
@@ -166,6 +168,11 @@ def _plan(report: Report) -> str:
         for loop in loops
     ]
     return _table(("loop", "chunks", "mode", "not made whole"), rows)
+
+
+def _name(loop: LoopReport) -> str:
+    """As the timeline has it."""
+    return f"{loop.seed} at {loop.source}" if loop.source else loop.seed
 
 
 def _refusals(report: Report) -> str:

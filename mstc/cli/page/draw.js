@@ -85,9 +85,12 @@ function drawOverview() {
     const trace = data[of];
     const all = pieces(f, trace, stacked(trace).band, f.x(2), ([, , total]) => [0, total]);
     f.root.append(svg("path", { class: `area-${of}`, d: between(f, all) }));
+  }
+  for (const [of, below] of [["inductor", 8], ["mst", -6]]) {
+    const trace = data[of];
     const x = f.x(place(trace, trace.times[trace.totals.indexOf(trace.peak)]));
-    const y = of === "mst" ? f.y(trace.peak) - 6 : Math.max(f.y(trace.peak) + 8, TOP);
     const [at, anchor] = x > f.width - 150 ? [x - 8, "end"] : [x + 8, "start"];
+    const y = Math.max(f.y(trace.peak) + below, TOP - 4);
     label(f.root, at, y, anchor, `${of} ${size(trace.peak)}`, "strong");
   }
   if (state.from > 0 || state.to < 2) {
