@@ -181,6 +181,8 @@ def test_text_is_no_markup(made: tuple[str, Any], script: str) -> None:
     page = Page(text)
     assert [tag for tag, _ in page.elements].count("script") == 2
     assert text.count("</script>") == 2
+    (raw,) = re.findall(r'id="data">(.*?)</script>', text)
+    assert not set("<>&") & set(raw), "no form of an end tag, with or without a blank"
     assert "img" not in dict(page.elements)
     assert page.text["h1"] == "Evil<img src=x onerror='window.stolen=2'>"
     assert script in page.text["p"]
