@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,10 +26,29 @@ import torch._inductor.config as inductor_config
 from torch._guards import active_fake_mode  # whether tensors are fake
 from torch._inductor.codecache import PyCodeCache  # loads the modules that Inductor writes
 from torch._inductor.compile_fx import compile_fx_inner  # compiles one aten graph
-from torch.fx import GraphModule
+from torch._inductor.virtualized import V  # the graph that is being compiled, and its buffers
+from torch.fx import GraphModule, Node
+
+from passes.source import op_name, source_of
 
 EMITTED = "mst_emitted"  # name of the modules
+ORIGINS = "mst_origins"  # in such a module: name of a buffer -> `Origin`
+VIEWS = frozenset(  # ops that make no memory; a kernel is named after another that it is for
+    f"aten.{name}"
+    for name in (
+        *("t", "view", "_unsafe_view", "reshape", "permute", "transpose", "expand"),
+        *("slice", "select", "squeeze", "unsqueeze", "alias", "detach"),
+    )
+)
 _BUILDER = "async_compile = AsyncCompile()"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a value comes from."""
+
+    op: str  # that makes it, as the model's author would call it: before decompositions
+    source: str  # "file:line  code" of the user, or ""
 
 
 def emit(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[[list[Any]], Any]:
@@ -86,10 +106,30 @@ def _load(path: str, constants: dict[str, Any]) -> ModuleType:
     text = text.replace(_BUILDER, "async_compile = without_kernels")
     scope = vars(module)
     scope["without_kernels"] = _Builder()
+    scope[ORIGINS] = _origins()
     exec(compile(text, path, "exec"), scope)  # what Inductor wrote
     scope.update({name: stand_in for name, stand_in in _STAND_INS.items() if name in scope})
     scope.update(constants)
     return module
+
+
+def _origins() -> dict[str, Origin]:
+    """Of the buffers in the graph whose module is being loaded."""
+    lowered: Any = V.graph
+    order = {node: i for i, node in enumerate(lowered.graph.nodes)}
+    found: dict[str, Origin] = {}
+    for buffer in lowered.buffers:
+        fused = sorted(buffer.origins, key=lambda node: order.get(node, -1))
+        nodes = [*fused, buffer.origin_node] if buffer.origin_node is not None else fused
+        if nodes:
+            node = next((n for n in reversed(nodes) if _op(n) not in VIEWS), nodes[-1])
+            found[buffer.get_name()] = Origin(_op(node), source_of(node))
+    return found
+
+
+def _op(node: Node) -> str:
+    original = node.meta.get("original_aten")
+    return str(getattr(original, "overloadpacket", None) or op_name(node))
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

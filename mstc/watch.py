@@ -7,13 +7,9 @@ add to them) and the last stand for all.
 from __future__ import annotations
 
 import functools
-import linecache
-import re
-import sys
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
-from types import FrameType
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,20 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mstc import history
-from mstc.emission import EMITTED
+from mstc.maker import maker_of
 from mstc.runtime.loop import loop_op, program_of
 from mstc.runtime.memory import MemoryEvent, MemoryTrace, trace_of
-
-_ORIGINAL = re.compile(r"Original ATen: \[(.*?)\]")
-_VIEWS = {
-    "aten.t",
-    "aten.view",
-    "aten._unsafe_view",
-    "aten.permute",
-    "aten.transpose",
-    "aten.detach",
-}
-_COMMENT_LINES = 40  # after an allocation, in which Inductor says what it is for
 
 
 @dataclass(frozen=True)
@@ -53,7 +38,22 @@ class Held:
     """Memory that is held at the peak."""
 
     nbytes: int
-    made_by: str  # the op, the ops that one kernel is for, or the loop that a chunk is of
+    made_by: str  # the op, the ops that one kernel is for, or the loop that it is of
+    source: str  # "file:line  code" of the user, or "" (that of a loop is in `made_by`)
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A piece of memory, from its allocation to its release."""
+
+    nbytes: int
+    grad_nbytes: int  # of it, what gradients take at the end
+    born: float  # time from which on it counts
+    dies: float | None  # time from which on it no longer counts; None: it outlives the step
+    made_by: str  # the op, or the ops that one kernel is for
+    source: str  # "file:line  code" of the user, or "" (in a loop: its own name says it)
+    loop: int | None  # the loop that made it, an index into `SimulatedTrace.loops`
+    is_result: bool  # whether it left that loop; otherwise it is a chunk's
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,19 @@ class SimulatedTrace(MemoryTrace):
 
     loops: tuple[Span, ...]
     backward: float  # time at which the backward began
+    buffers: tuple[Buffer, ...]  # by time of birth; those alive at a time sum up to the timeline's
+    peak_time: float  # of the intermediate peak
     at_peak: tuple[Held, ...]  # at the intermediate peak, largest first; gradients are not in it
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Where a storage comes from; fields as those of `Buffer`."""
+
+    made_by: str
+    source: str
+    loop: int | None
+    is_result: bool = False
 
 
 class Watch(TorchDispatchMode):
@@ -76,8 +88,8 @@ class Watch(TorchDispatchMode):
         self._time = 0.0
         self._loops: list[Span] = []
         self._backward: float | None = None
-        self._within = ""  # name of the loop that runs
-        self._makers: dict[int, str] = {}
+        self._within: int | None = None  # number of the loop that runs
+        self._made: dict[int, _Made] = {}
         self._alive: dict[int, tuple[int, object]] = {}  # storage -> number, what hears of its end
         self._sum: tuple[int, int, int] | None = None  # see `_is_in_place`
         self._really: dict[int, int] = {}  # number of a sum -> number of the addend it is made in
@@ -96,28 +108,37 @@ class Watch(TorchDispatchMode):
             number = self._really.get(number, number)
             found[number] = found.get(number, 0) + tensor.nbytes
         trace = trace_of(self._events, found)
+        buffers = self._buffers(found)
+        peak_time, held = _at_peak(buffers, trace.peak_intermediate_nbytes)
         return SimulatedTrace(
             **vars(trace),
             loops=tuple(self._loops),
             backward=self._time if self._backward is None else self._backward,
-            at_peak=self._at_peak(trace.peak_intermediate_nbytes, found),
+            buffers=buffers,
+            peak_time=peak_time,
+            at_peak=tuple(self._held(b) for b in sorted(held, key=_intermediate, reverse=True)),
         )
 
-    def _at_peak(self, peak: int, gradients: dict[int, int]) -> tuple[Held, ...]:
-        held: dict[int, int] = {}
-        total = 0
-        last = {e.address: i for i, e in enumerate(self._events) if e.delta_nbytes > 0}
-        for i, event in enumerate(self._events):
-            if event.delta_nbytes < 0:
-                total -= held.pop(event.address)
-            else:
-                own = gradients.get(event.address, 0) if last[event.address] == i else 0
-                held[event.address] = event.delta_nbytes - min(own, event.delta_nbytes)
-                total += held[event.address]
-            if total == peak:
-                break
-        found = (Held(n, self._makers.get(number, "")) for number, n in held.items() if n)
-        return tuple(sorted(found, key=lambda h: -h.nbytes))
+    def _buffers(self, gradients: dict[int, int]) -> tuple[Buffer, ...]:
+        ends = {e.address: e.time_us for e in self._events if e.delta_nbytes < 0}
+        return tuple(
+            Buffer(
+                nbytes=event.delta_nbytes,
+                grad_nbytes=min(gradients.get(event.address, 0), event.delta_nbytes),
+                born=event.time_us,
+                dies=ends.get(event.address),
+                **vars(self._made[event.address]),
+            )
+            for event in self._events
+            if event.delta_nbytes > 0
+        )
+
+    def _held(self, buffer: Buffer) -> Held:
+        if buffer.loop is None:
+            return Held(_intermediate(buffer), buffer.made_by, buffer.source)
+        name = self._loops[buffer.loop].name or "a region"
+        what = "the result of a loop over" if buffer.is_result else "a chunk of"
+        return Held(_intermediate(buffer), f"{what} {name}", "")
 
     def _number(self, tensor: Tensor) -> int:
         """That of its storage; 0 for what was there at the start."""
@@ -146,14 +167,17 @@ class Watch(TorchDispatchMode):
         self, inputs: Sequence[Tensor], sizes: Sequence[int], chunk: int, spec: str, lowering: str
     ) -> list[Tensor]:
         start, name = self._time, history.name_of_body(spec)
-        self._within = name or "a loop"
+        self._within = len(self._loops)
         try:
             with self:
                 outputs = program_of(spec, lowering).run(
                     inputs, [int(s) for s in sizes], chunk, only=_first_and_last
                 )
         finally:
-            self._within = ""
+            self._within = None
+        for number in map(self._number, outputs):
+            if number:
+                self._made[number] = replace(self._made[number], is_result=True)
         self._loops.append(Span(start, self._time, name, -(-int(sizes[0]) // chunk)))
         return outputs
 
@@ -161,8 +185,9 @@ class Watch(TorchDispatchMode):
         storage, key = tensor.untyped_storage(), _key(tensor)
         if key in self._alive:
             return
-        number = len(self._makers) + 1
-        self._makers[number] = f"a chunk of {self._within}" if self._within else _maker(func)
+        number = len(self._made) + 1
+        origin = maker_of(func)
+        self._made[number] = _Made(origin.op, origin.source, self._within)
         last = functools.partial(self._drop, key, number, storage.nbytes())
         self._alive[key] = (number, weakref.ref(storage, last))
         self._note(storage.nbytes(), number)
@@ -195,23 +220,20 @@ class Watch(TorchDispatchMode):
         return True
 
 
-def _maker(func: Any) -> str:
-    """The op that makes a value; in emitted code, what the comment says that its kernel is for."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        lines = linecache.getlines(frame.f_code.co_filename) if _is_emitted(frame) else []
-        if lines:
-            for line in lines[frame.f_lineno - 1 : frame.f_lineno + _COMMENT_LINES]:
-                if found := _ORIGINAL.search(line):
-                    made = [op for op in found[1].split(", ") if op not in _VIEWS]
-                    return ", ".join(made) or found[1]
-            break
-        frame = frame.f_back
-    return str(func).removesuffix(".default")
+def _intermediate(buffer: Buffer) -> int:
+    return buffer.nbytes - buffer.grad_nbytes
 
 
-def _is_emitted(frame: FrameType) -> bool:
-    return frame.f_globals.get("__name__") == EMITTED
+def _at_peak(buffers: Sequence[Buffer], peak: int) -> tuple[float, list[Buffer]]:
+    """When the intermediate peak is first reached, and by what."""
+    alive: list[Buffer] = []
+    for buffer in buffers:  # a peak is reached by something that is made
+        alive = [b for b in alive if b.dies is None or b.dies > buffer.born]
+        if _intermediate(buffer):
+            alive.append(buffer)
+        if sum(map(_intermediate, alive)) == peak:
+            return buffer.born, alive
+    return 0.0, []
 
 
 def _key(tensor: Tensor) -> int:

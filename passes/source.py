@@ -16,7 +16,11 @@ def source_of(node: Node) -> str:
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     if not frames:
         return ""
-    file, line, code = frames[-1]
+    return place(*frames[-1])
+
+
+def place(file: str, line: str | int, code: str) -> str:
+    """A line of the user's code, as every report shows it."""
     return f"{'/'.join(file.split('/')[-2:])}:{line}  {code.strip()[:80]}"
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 
 import mstc
 from mstc import plans
-from mstc.cli import checks, fit, text
+from mstc.cli import checks, fit, html, text
 from mstc.cli.subject import Subject, SubjectError, Wanted, load_subject
 from mstc.errors import OptionError, SimulationError
 from mstc.quantity import parse_bytes
@@ -158,6 +158,30 @@ def plot(
         _print_json({"files": [str(p) for p in paths]})
     else:
         print("\n".join(map(str, paths)))
+
+
+@app.command("report")
+def report_command(
+    model: Model,
+    seq_len: SeqLen = 2048,
+    batch_size: BatchSize = 1,
+    dtype: Dtype = "bf16",
+    checkpoint: Checkpoint = False,
+    out: Annotated[Path, typer.Option("--out", "-o", help="An .html file.")] = Path("report.html"),
+    as_json: AsJson = False,
+) -> None:
+    """A page for a browser: the timeline with every large buffer, the plan, what was refused."""
+    path = html.path_of(out)
+    wanted = Wanted(seq_len, batch_size, dtype, checkpoint)
+    subject = load_subject(model, wanted)
+    with _busy("reading the model's graph"):
+        args, kwargs = subject.batch
+        report = mstc.explain(subject.model, *args, **kwargs)
+    html.write(path, html.page(subject, wanted, _traces(subject), report))
+    if as_json:
+        _print_json({"files": [str(path)]})
+    else:
+        print(path)
 
 
 @app.command()

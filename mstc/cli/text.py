@@ -123,11 +123,12 @@ def _held(backend: str, trace: SimulatedTrace) -> Table:
     together: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     for held in trace.at_peak:
-        together[held.made_by] += held.nbytes
-        counts[held.made_by] += 1
-    for made_by, nbytes in together.most_common(_AT_PEAK):
-        many = f" x{counts[made_by]}" if counts[made_by] > 1 else ""
-        table.add_row(size(nbytes), Text((made_by or "?") + many))
+        what = f"{held.made_by} {held.source}".rstrip()
+        together[what] += held.nbytes
+        counts[what] += 1
+    for what, nbytes in together.most_common(_AT_PEAK):
+        many = f" x{counts[what]}" if counts[what] > 1 else ""
+        table.add_row(size(nbytes), Text((what or "?") + many))
     rest = sum(together.values()) - sum(n for _, n in together.most_common(_AT_PEAK))
     if rest:
         table.add_row(size(rest), "smaller ones")

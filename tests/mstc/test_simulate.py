@@ -18,6 +18,7 @@ from mstc.errors import SimulationError
 from mstc.options import parse_options
 from mstc.runtime.memory import MemoryTrace, measure_step
 from mstc.simulate import Backend, loss_of, simulate_step
+from mstc.watch import Buffer
 from tests.models import (
     INDUCTOR,
     NON_LEAF,
@@ -171,3 +172,44 @@ def test_code_without_kernels_computes_nothing() -> None:
 def test_emitting_is_not_a_lowering_for_users() -> None:
     with pytest.raises(mstc.OptionError, match='"inductor" or "eager"'):
         parse_options({"lowering": "emit"}, None)
+
+
+@NON_LEAF
+@pytest.mark.parametrize("backend", ["eager", "inductor", "mst"])
+@pytest.mark.parametrize("kind", [TinyLM, Tied])
+def test_buffers_sum_up_to_the_timeline(kind: type[nn.Module], backend: Backend) -> None:
+    options = INDUCTOR if backend == "mst" else None
+    trace = simulate_step(kind(), *lm_batch(67, vocab=32), backend=backend, options=options)
+
+    def alive(time: float) -> list[Buffer]:
+        return [b for b in trace.buffers if b.born <= time and (b.dies is None or b.dies > time)]
+
+    for time, nbytes in trace.timeline[1:]:
+        assert sum(b.nbytes for b in alive(time)) == nbytes
+    held = [b.nbytes - b.grad_nbytes for b in alive(trace.peak_time)]
+    assert sum(held) == trace.peak_intermediate_nbytes
+    assert sorted(filter(None, held)) == sorted(h.nbytes for h in trace.at_peak)
+    assert sum(b.grad_nbytes for b in trace.buffers) == trace.grad_nbytes
+
+
+def test_where_buffers_come_from() -> None:
+    """The line of the model, in code that a compiler wrote as in eager code; of a loop, its own."""
+    model, batch = TinyLM(vocab=256), lm_batch(64, vocab=32)
+    for backend in ("eager", "inductor"):
+        trace = simulate_step(model, *batch, backend=backend)
+        (logits,) = [
+            b for b in trace.buffers if b.nbytes == 4 * 256 * 64 and "self.head" in b.source
+        ][:1]
+        assert logits.made_by in ("aten.mm", "aten.addmm")
+        assert "tests/models.py:" in logits.source
+        assert logits.loop is None
+    trace = simulate_step(model, *batch, options=INDUCTOR)
+    in_loops = [b for b in trace.buffers if b.loop is not None]
+    assert {b.is_result for b in in_loops} == {True, False}
+    for buffer in in_loops:
+        span = trace.loops[buffer.loop]
+        assert span.start <= buffer.born < span.end
+        if not buffer.is_result:
+            assert buffer.dies is not None
+            assert buffer.dies < span.end
+    assert any(b.grad_nbytes for b in in_loops if b.is_result), "made in the forward's loop"
