@@ -6,7 +6,7 @@
 
 Each contender trains the same weights on the same batches in a process of its own. One table is
 printed, in which the measured peak stands beside the one that was predicted without running
-anything (`mstc.simulate_step`), and one picture saved: the predicted memory over one step, as
+anything (`mstc.simulate`), and one picture saved: the predicted memory over one step, as
 `mstc plot` draws it.
 """
 
@@ -26,7 +26,7 @@ from examples.demo import corpus
 from examples.demo.train import LARGE, SMALL, Setup, build, train
 from mstc.cli.picture import draw
 from mstc.runtime.memory import MemoryTrace
-from mstc.simulate import Backend, simulate_step
+from mstc.simulate import Backend, Simulation
 from mstc.watch import SimulatedTrace
 
 MIB = 2**20
@@ -53,10 +53,12 @@ def predict(setup: Setup, contenders: Sequence[str]) -> dict[str, SimulatedTrace
     """The memory of one step of each contender, on tensors without data."""
     model = build(setup)
     ids = torch.zeros(1, setup.tokens, dtype=torch.long, device=setup.device)
-    return {
-        name: simulate_step(model, input_ids=ids, labels=ids, backend=cast("Backend", name))
-        for name in contenders
-    }
+    traces: dict[str, SimulatedTrace] = {}
+    for name in contenders:
+        with Simulation(model, {"input_ids": ids, "labels": ids}) as simulation:
+            compiled = simulation.compile(model, cast("Backend", name))
+            traces[name] = simulation.trace(measure.training_step(compiled, simulation.batch))
+    return traces
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, Setup]:
