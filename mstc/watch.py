@@ -11,10 +11,11 @@ import linecache
 import re
 import sys
 import weakref
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,13 +57,52 @@ class Held:
     made_by: str  # the op, the ops that one kernel is for, or the loop that a chunk is of
 
 
+class Change(NamedTuple):
+    """A storage that is made, or that dies."""
+
+    nbytes: int  # negative when it dies
+    held: Held  # without the part that is a gradient in the end
+
+
+@dataclass(frozen=True)
+class Summit:
+    """The most that is held in a part of a step."""
+
+    peak_nbytes: int
+    peak_intermediate_nbytes: int
+    at_peak: tuple[Held, ...]  # at the intermediate peak, largest first; gradients are not in it
+
+
 @dataclass(frozen=True)
 class SimulatedTrace(MemoryTrace):
     """What `simulate_step` finds; times are counts of events, not microseconds."""
 
     loops: tuple[Span, ...]
     backward: float  # time at which the backward began
-    at_peak: tuple[Held, ...]  # at the intermediate peak, largest first; gradients are not in it
+    changes: tuple[Change, ...]
+    forward_changes: int  # how many of them are before the backward
+
+    @property
+    def at_peak(self) -> tuple[Held, ...]:
+        """At the intermediate peak, largest first; gradients are not in it."""
+        return self.summit(0, len(self.changes)).at_peak
+
+    def summit(self, start: int, end: int) -> Summit:
+        """The most that is held after some of the changes."""
+        total = others = peak = top = 0
+        at = -1
+        for i, (nbytes, held) in enumerate(self.changes[:end]):
+            total += nbytes
+            others += held.nbytes if nbytes > 0 else -held.nbytes
+            if i >= start:
+                peak = max(peak, total)
+                if others > top:
+                    top, at = others, i
+        alive: Counter[Held] = Counter()
+        for nbytes, held in self.changes[: at + 1]:
+            alive[held] += 1 if nbytes > 0 else -1
+        found = (held for held in alive.elements() if held.nbytes)
+        return Summit(peak, top, tuple(sorted(found, key=lambda held: -held.nbytes)))
 
 
 class Watch(TorchDispatchMode):
@@ -96,28 +136,26 @@ class Watch(TorchDispatchMode):
             number = self._really.get(number, number)
             found[number] = found.get(number, 0) + tensor.nbytes
         trace = trace_of(self._events, found)
+        backward = self._time if self._backward is None else self._backward
         return SimulatedTrace(
             **vars(trace),
             loops=tuple(self._loops),
-            backward=self._time if self._backward is None else self._backward,
-            at_peak=self._at_peak(trace.peak_intermediate_nbytes, found),
+            backward=backward,
+            changes=tuple(self._changes(found)),
+            forward_changes=sum(event.time_us < backward for event in self._events),
         )
 
-    def _at_peak(self, peak: int, gradients: dict[int, int]) -> tuple[Held, ...]:
-        held: dict[int, int] = {}
-        total = 0
+    def _changes(self, gradients: dict[int, int]) -> Iterator[Change]:
         last = {e.address: i for i, e in enumerate(self._events) if e.delta_nbytes > 0}
+        alive: dict[int, Held] = {}
         for i, event in enumerate(self._events):
-            if event.delta_nbytes < 0:
-                total -= held.pop(event.address)
-            else:
-                own = gradients.get(event.address, 0) if last[event.address] == i else 0
-                held[event.address] = event.delta_nbytes - min(own, event.delta_nbytes)
-                total += held[event.address]
-            if total == peak:
-                break
-        found = (Held(n, self._makers.get(number, "")) for number, n in held.items() if n)
-        return tuple(sorted(found, key=lambda h: -h.nbytes))
+            number, delta = event.address, event.delta_nbytes
+            if delta < 0:
+                yield Change(delta, alive.pop(number))
+                continue
+            own = gradients.get(number, 0) if last[number] == i else 0
+            alive[number] = Held(delta - min(own, delta), self._makers.get(number, ""))
+            yield Change(delta, alive[number])
 
     def _number(self, tensor: Tensor) -> int:
         """That of its storage; 0 for what was there at the start."""
