@@ -221,7 +221,7 @@ def _plain(step: layers.Step) -> dict[str, Any]:
         "peak_nbytes": step.peak_nbytes,
         "peak_intermediate_nbytes": step.peak_intermediate_nbytes,
         "grad_nbytes": step.grad_nbytes,
-        "simulated_layers": list(step.simulated) or None,
+        "simulated_layers": step.simulated,
         "at_peak": [vars(held) for held in step.at_peak],
     }
 

@@ -24,14 +24,16 @@ import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from mstc.cli.layers import depths, step_of_all
+from mstc.cli.layers import depths, extrapolate, step_of_all
 from mstc.cli.subject import SubjectError, Wanted, load_subject
 from mstc.driver import MIN_ROWS
 from mstc.simulate import Backend, Simulation, loss_of
@@ -121,19 +123,29 @@ def fit(model: str, memory: int, wanted: Wanted, way: Way, optimizer: str = "ada
 
         def simulated(num_layers: int | None) -> _Simulated:
             if num_layers not in known:
-                one = _Simulated(model, replace(wanted, num_layers=num_layers), way, mode)
+                with _disable_current_modes():  # a deeper one may be made when others are entered
+                    one = _Simulated(model, replace(wanted, num_layers=num_layers), way, mode)
                 known[num_layers] = stack.enter_context(one)
             return known[num_layers]
 
-        def step(seq_len: int) -> int:
-            if few is None or whole.num_layers is None:
-                return simulated(None).trace(seq_len).peak_nbytes
-            return step_of_all(
-                lambda n: simulated(n).trace(seq_len), few, whole.num_layers
-            ).peak_nbytes
+        def trace(num_layers: int | None, seq_len: int) -> SimulatedTrace:
+            return simulated(num_layers).trace(seq_len)
 
-        longest = _longest(step, memory - state)
-        return Fit(way, longest, state, step(longest or _GRAIN))
+        if few is None or whole.num_layers is None:
+            longest = _longest(lambda n: trace(None, n).peak_nbytes, memory - state)
+            return Fit(way, longest, state, trace(None, longest or _GRAIN).peak_nbytes)
+        depth = whole.num_layers
+
+        def step(seq_len: int, pair: tuple[int, int]) -> int:
+            return extrapolate([trace(n, seq_len) for n in pair], pair, depth).peak_nbytes
+
+        while True:
+            longest = _longest(partial(step, pair=few), memory - state)
+            seq_len = longest or _GRAIN
+            found = step_of_all(partial(trace, seq_len=seq_len), few, depth)
+            if longest is None or found.simulated in (None, few):
+                return Fit(way, longest, state, found.peak_nbytes)
+            few = found.simulated  # too shallow at that length
 
 
 def _longest(step: Callable[[int], int], room: int) -> int | None:

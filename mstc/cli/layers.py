@@ -47,7 +47,9 @@ class Step:
     peak_intermediate_nbytes: int  # gradients not counted
     grad_nbytes: int
     at_peak: tuple[Held, ...]  # at the intermediate peak, largest first; gradients are not in it
-    simulated: tuple[int, ...] = ()  # the depths it was found from; () if it was simulated itself
+    simulated: tuple[int, int] | None = (
+        None  # the depths it was found from; None if it was simulated itself
+    )
 
 
 def depths(subject: Subject) -> tuple[int, int] | None:
