@@ -129,11 +129,8 @@ def fit_command(
     room = fit.parse_bytes(memory)
     if optimizer not in fit.OPTIMIZERS:
         raise SubjectError(f"--optimizer {optimizer}: one of {', '.join(fit.OPTIMIZERS)}.")
-    wanted = Wanted(1, batch_size, dtype)
-    found: list[fit.Fit] = []
-    for way in fit.WAYS:
-        with _busy(f"simulating {way.name}"):
-            found.append(fit.fit(model, room, wanted, way, optimizer))
+    with _busy(f"simulating {len(fit.WAYS)} ways of training"):
+        found = fit.fit_all(model, room, Wanted(1, batch_size, dtype), optimizer)
     if as_json:
         _print_json([dataclasses.asdict(one) for one in found])
     else:

@@ -14,14 +14,18 @@ they are equal.
 
 What it assumes: code as Inductor writes it for a CPU (kernels on a GPU fuse much alike; its
 attention kernels keep statistics a little larger); nothing for the CUDA context, for fragmentation,
-for communication. Chunks have the fewest rows that keep a GPU busy, so that the answer does not
-depend on the planner's choice for one length.
+for communication; nothing is offloaded (PyTorch's option for it moves values that a pass of the
+user's has marked from a GPU to the host, and simulated tensors are on the host). Chunks have the
+fewest rows that keep a GPU busy, so that the answer does not depend on the planner's choice for one
+length.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -146,6 +150,28 @@ def fit(model: str, memory: int, wanted: Wanted, way: Way, optimizer: str = "ada
             if longest is None or found.simulated in (None, few):
                 return Fit(way, longest, state, found.peak_nbytes)
             few = found.simulated  # too shallow at that length
+
+
+def fit_all(model: str, memory: int, wanted: Wanted, optimizer: str = "adamw") -> list[Fit]:
+    """`fit` in every way of `WAYS`, half of them in a second process: two at once.
+
+    Raises:
+        SubjectError: as for `fit`.
+    """
+    weights = sum(p.nbytes for p in load_subject(model, wanted).model.parameters())
+    if memory <= weights * (1 + OPTIMIZERS[optimizer]):
+        return [fit(model, memory, wanted, way, optimizer) for way in WAYS]  # nothing to simulate
+    own, other = (WAYS[0], WAYS[3]), (WAYS[1], WAYS[2])  # about as long
+    # no fork: PyTorch has threads, and Dynamo's state belongs to one process
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as second:
+        later = [second.submit(fit, model, memory, wanted, way, optimizer) for way in other]
+        try:
+            found = [fit(model, memory, wanted, way, optimizer) for way in own]
+        except BaseException:
+            second.shutdown(wait=False, cancel_futures=True)
+            raise
+        found += [one.result() for one in later]
+    return sorted(found, key=lambda one: WAYS.index(one.way))
 
 
 def _longest(step: Callable[[int], int], room: int) -> int | None:

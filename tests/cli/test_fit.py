@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -122,6 +123,20 @@ def test_command(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert {one["state_nbytes"] for one in found} == {787_840}
     assert run(arguments) == 0
     assert capsys.readouterr().out.count("none") == len(fit.WAYS)
+
+
+def test_four_ways_in_two_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the order of the table, whoever found them; what one process finds the other would."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG | {"num_hidden_layers": 1}))
+    assert run(["fit", str(path), "--memory", "40MiB", "--json", "--optimizer", "sgd"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["way"]["name"] for one in found] == [way.name for way in fit.WAYS]
+    second = fit.fit(str(path), 40 * 2**20, Wanted(1), fit.WAYS[1], "sgd")
+    assert found[1] == dataclasses.asdict(second)
+    lengths = [one["seq_len"] for one in found]
+    assert lengths[0] >= 1024
+    assert lengths[2] > lengths[0], "mst reaches further than inductor"
 
 
 MISTAKES = {
