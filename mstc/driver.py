@@ -31,6 +31,7 @@ from mstc.inductor import (
     compile_outer_eager,
     detect_fake_mode,
     get_hash_for_files,
+    show_outer,
     wants_eager_random_numbers,
     without_duplicates,
 )
@@ -41,6 +42,7 @@ from mstc.runtime import flops  # noqa: F401  (tells PyTorch how much loops do)
 from mstc.runtime.deferred import DeferredTensor, opening_of, plain_example, wrap_outputs
 from mstc.runtime.loop import Call, loop_op, prepare_bodies
 from mstc.saved import load_report, report_key, save_report
+from passes.copies import copy_node
 from passes.defer import DeferResult, defer_outputs
 from passes.grouped import replace_grouped
 from passes.liveness import tangent_nodes
@@ -64,7 +66,7 @@ def _replace_contents(graph: Graph, new: Graph) -> None:
         graph.erase_node(node)
     copied: dict[Node, Node] = {}
     for node in new.nodes:
-        copied[node] = graph.node_copy(node, copied.__getitem__)
+        copied[node] = copy_node(graph, node, copied.__getitem__)
 
 
 def _call(node: Node) -> Call | None:
@@ -331,7 +333,7 @@ def analyze_graph(
     report = Report()
     prepared = _prepare(gm, example_inputs, options, report)
     options = _settled(prepared.graph, prepared.inputs, options, report, prepared.opened.graph)
-    compile_outer_eager(prepared.graph, prepared.inputs, ChunkPass(options, report))
+    show_outer(prepared.graph, prepared.inputs, ChunkPass(options, report))
     return report, prepared.wrap(prepared.graph.forward)
 
 

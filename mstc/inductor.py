@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, cast, get_origin
 from unittest.mock import patch
@@ -81,6 +81,7 @@ __all__ = [
     "inductor_option_type",
     "known_inductor_options",
     "mode_options",
+    "show_outer",
     "unrecorded",
     "without_duplicates",
 ]
@@ -418,18 +419,45 @@ def compile_outer_eager(
             graph.recompile()
         return _boxed(graph)
 
-    table = dict(select_decomp_table())
-    table.pop(torch.ops.aten.detach.default, None)  # or a detached output would require grad
     compiler = aot_autograd(
         fw_compiler=forward,
         bw_compiler=forward,
         inference_compiler=inference,
         partition_fn=partition,
-        decompositions=table,
+        decompositions=_decompositions(),
         keep_inference_input_mutations=True,
     )
     with _partitioned_within(activation_budget):
         return cast("Callable[..., Any]", compiler(gm, list(example_inputs)))
+
+
+class _Seen(Exception):
+    """The pass has seen the graph: nothing else of the compilation is wanted."""
+
+
+def show_outer(gm: GraphModule, example_inputs: Sequence[Any], graph_pass: CustomGraphPass) -> None:
+    """Run `graph_pass` on the joint (or inference) graph that `compile_outer_eager` would run it
+    on, and nothing after it: the partitioner takes seconds where layers are many."""
+
+    def stop(graph: GraphModule, inputs: Sequence[object], **kwargs: Any) -> Any:
+        graph_pass(graph.graph)
+        raise _Seen
+
+    compiler = aot_autograd(
+        fw_compiler=stop,  # never reached
+        inference_compiler=stop,
+        partition_fn=stop,
+        decompositions=_decompositions(),
+        keep_inference_input_mutations=True,
+    )
+    with suppress(_Seen):
+        compiler(gm, list(example_inputs))
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    table = dict(select_decomp_table())
+    table.pop(torch.ops.aten.detach.default, None)  # or a detached output would require grad
+    return table
 
 
 def _boxed(graph: GraphModule) -> Callable[[list[Any]], Any]:

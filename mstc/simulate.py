@@ -176,15 +176,13 @@ class Simulation:
         return torch.compile(model, backend=compiler, dynamic=dynamic)
 
     def trace(self, step: Callable[[], object]) -> SimulatedTrace:
-        """Run a step that leaves gradients, once to compile it, and once to watch (once more if
-        bodies were compiled meanwhile: those of loops whose sizes are left open).
+        """Watch a step that leaves gradients, again and again until nothing is compiled meanwhile:
+        graphs in the first run, bodies of loops whose sizes are left open with other sizes.
 
         Raises:
             SimulationError: as for `simulate_step`.
         """
         try:
-            self._without_gradients()
-            step()
             watch = self._watched(step)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise SimulationError(
@@ -196,11 +194,11 @@ class Simulation:
     def _watched(self, step: Callable[[], object]) -> Watch:
         while True:
             self._without_gradients()
-            before = counters.bodies_compiled
+            before = _compilations()
             watch = Watch(self._own())
             with watch:
                 step()
-            if counters.bodies_compiled == before:
+            if _compilations() == before:
                 return watch
 
     def _without_gradients(self) -> None:
@@ -210,3 +208,9 @@ class Simulation:
     def _own(self) -> list[Tensor]:
         tensors = [*self.model.parameters(), *self.model.buffers(), *tree_leaves(self.batch)]
         return [t for t in tensors if isinstance(t, Tensor)]
+
+
+def _compilations() -> tuple[int, int]:
+    """How many graphs and bodies were compiled so far."""
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return graphs, counters.bodies_compiled

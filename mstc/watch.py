@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +57,22 @@ class Buffer:
     is_result: bool  # whether it left that loop; otherwise it is a chunk's
 
 
+class Change(NamedTuple):
+    """A storage that is made, or that dies."""
+
+    nbytes: int  # negative when it dies
+    held: Held  # without the part that is a gradient in the end
+
+
+@dataclass(frozen=True)
+class Summit:
+    """The most that is held in a part of a step."""
+
+    peak_nbytes: int
+    peak_intermediate_nbytes: int
+    at_peak: tuple[Held, ...]  # at the intermediate peak, largest first; gradients are not in it
+
+
 @dataclass(frozen=True)
 class SimulatedTrace(MemoryTrace):
     """What `simulate_step` finds; times are counts of events, not microseconds."""
@@ -64,7 +81,52 @@ class SimulatedTrace(MemoryTrace):
     backward: float  # time at which the backward began
     buffers: tuple[Buffer, ...]  # by time of birth; those alive at a time sum up to the timeline's
     peak_time: float  # of the intermediate peak
-    at_peak: tuple[Held, ...]  # at the intermediate peak, largest first; gradients are not in it
+
+    @property
+    def at_peak(self) -> tuple[Held, ...]:
+        """At the intermediate peak, largest first; gradients are not in it."""
+        return self.summit(0, len(self.changes)).at_peak
+
+    @functools.cached_property
+    def changes(self) -> tuple[Change, ...]:
+        """In their order."""
+        found: list[tuple[float, Change]] = []
+        for buffer in self.buffers:
+            held = self._held(buffer)
+            found.append((buffer.born, Change(buffer.nbytes, held)))
+            if buffer.dies is not None:
+                found.append((buffer.dies, Change(-buffer.nbytes, held)))
+        return tuple(change for _, change in sorted(found, key=lambda one: one[0]))
+
+    @functools.cached_property
+    def forward_changes(self) -> int:
+        """How many changes are before the backward."""
+        ends = (b.dies for b in self.buffers if b.dies is not None)
+        return sum(time < self.backward for time in (*(b.born for b in self.buffers), *ends))
+
+    def _held(self, buffer: Buffer) -> Held:
+        if buffer.loop is None:
+            return Held(_intermediate(buffer), buffer.made_by, buffer.source)
+        name = self.loops[buffer.loop].name or "a region"
+        what = "the result of a loop over" if buffer.is_result else "a chunk of"
+        return Held(_intermediate(buffer), f"{what} {name}", "")
+
+    def summit(self, start: int, end: int) -> Summit:
+        """The most that is held after some of the changes."""
+        total = others = peak = top = 0
+        at = -1
+        for i, (nbytes, held) in enumerate(self.changes[:end]):
+            total += nbytes
+            others += held.nbytes if nbytes > 0 else -held.nbytes
+            if i >= start:
+                peak = max(peak, total)
+                if others > top:
+                    top, at = others, i
+        alive: Counter[Held] = Counter()
+        for nbytes, held in self.changes[: at + 1]:
+            alive[held] += 1 if nbytes > 0 else -1
+        found = (held for held in alive.elements() if held.nbytes)
+        return Summit(peak, top, tuple(sorted(found, key=lambda held: -held.nbytes)))
 
 
 @dataclass(frozen=True)
@@ -109,14 +171,12 @@ class Watch(TorchDispatchMode):
             found[number] = found.get(number, 0) + tensor.nbytes
         trace = trace_of(self._events, found)
         buffers = self._buffers(found)
-        peak_time, held = _at_peak(buffers, trace.peak_intermediate_nbytes)
         return SimulatedTrace(
             **vars(trace),
             loops=tuple(self._loops),
             backward=self._time if self._backward is None else self._backward,
             buffers=buffers,
-            peak_time=peak_time,
-            at_peak=tuple(self._held(b) for b in sorted(held, key=_intermediate, reverse=True)),
+            peak_time=_peak_time(buffers, trace.peak_intermediate_nbytes),
         )
 
     def _buffers(self, gradients: dict[int, int]) -> tuple[Buffer, ...]:
@@ -132,13 +192,6 @@ class Watch(TorchDispatchMode):
             for event in self._events
             if event.delta_nbytes > 0
         )
-
-    def _held(self, buffer: Buffer) -> Held:
-        if buffer.loop is None:
-            return Held(_intermediate(buffer), buffer.made_by, buffer.source)
-        name = self._loops[buffer.loop].name or "a region"
-        what = "the result of a loop over" if buffer.is_result else "a chunk of"
-        return Held(_intermediate(buffer), f"{what} {name}", "")
 
     def _number(self, tensor: Tensor) -> int:
         """That of its storage; 0 for what was there at the start."""
@@ -224,16 +277,16 @@ def _intermediate(buffer: Buffer) -> int:
     return buffer.nbytes - buffer.grad_nbytes
 
 
-def _at_peak(buffers: Sequence[Buffer], peak: int) -> tuple[float, list[Buffer]]:
-    """When the intermediate peak is first reached, and by what."""
+def _peak_time(buffers: Sequence[Buffer], peak: int) -> float:
+    """When the intermediate peak is first reached."""
     alive: list[Buffer] = []
     for buffer in buffers:  # a peak is reached by something that is made
         alive = [b for b in alive if b.dies is None or b.dies > buffer.born]
         if _intermediate(buffer):
             alive.append(buffer)
         if sum(map(_intermediate, alive)) == peak:
-            return buffer.born, alive
-    return 0.0, []
+            return buffer.born
+    return 0.0
 
 
 def _key(tensor: Tensor) -> int:

@@ -38,6 +38,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from passes.axes import Axes
 from passes.body import Body, sizes_of
+from passes.copies import copy_node
 from passes.liveness import tangent_nodes
 from passes.modes import Bodies
 from passes.records import LoopPlan
@@ -227,9 +228,7 @@ class _Rewriter:
         return ChunkedGraph(self.new, tuple(m for m in self.made if m.node in alive))
 
     def copy(self, node: Node, look: Callable[[Node], Node]) -> Node:
-        new = self.new.node_copy(node, look)
-        new.meta = dict(node.meta)
-        return new
+        return copy_node(self.new, node, look)
 
     def call(
         self, like: Node, target: Callable[..., object], *args: object, backward: bool

@@ -492,7 +492,7 @@ class RegionFinder:
 
     def _outlet(self, leaving: list[Node], region: set[Node], split: Split) -> Node:
         """The outside reader that keeps the largest value from staying inside."""
-        for node in sorted(leaving, key=lambda n: -nbytes(n.meta["val"])):
+        for node in sorted(leaving, key=lambda n: (-nbytes(n.meta["val"]), self.order[n])):
             outside = [u for u in node.users if u not in region]
             named = [u for u in outside if u.op == "call_function" and split.status(u) != "split"]
             if named or outside:

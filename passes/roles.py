@@ -25,6 +25,7 @@ from __future__ import annotations
 from torch.fx import Graph, Node
 
 from passes.axes import Axes, analyze_axes
+from passes.copies import copy_node
 from passes.generated import PER_ELEMENT
 from passes.rules import find_rule, is_creation
 from passes.rules.shape import cut
@@ -77,7 +78,7 @@ def _with_cuts(graph: Graph, cuts: dict[tuple[Node, Node], int]) -> Graph:
             return copied[operand]
         if (operand, dim) not in made:
             if is_creation(operand):  # a constant has axes of its own wherever it is made
-                node = new.node_copy(operand, copied.__getitem__)
+                node = copy_node(new, operand, copied.__getitem__)
             else:
                 node = new.call_function(cut, (copied[operand], dim))
                 node.meta = dict(operand.meta)
@@ -87,7 +88,7 @@ def _with_cuts(graph: Graph, cuts: dict[tuple[Node, Node], int]) -> Graph:
     for node in graph.nodes:
         for operand in node.all_input_nodes:
             seen_by(node, operand)  # cuts stand before their reader
-        copied[node] = new.node_copy(node, lambda operand, node=node: seen_by(node, operand))
+        copied[node] = copy_node(new, node, lambda operand, node=node: seen_by(node, operand))
     new.lint()
     return new
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from rich.console import Console
 
 import mstc
 from mstc import plans
-from mstc.cli import checks, fit, html, text
+from mstc.cli import checks, fit, html, layers, text
 from mstc.cli.subject import Subject, SubjectError, Wanted, load_subject
 from mstc.errors import OptionError, SimulationError
 from mstc.quantity import parse_bytes
@@ -51,6 +52,10 @@ Dtype = Annotated[str, typer.Option("--dtype", "-d", help="Of weights: fp32, bf1
 Checkpoint = Annotated[
     bool, typer.Option("--checkpoint", help="With gradient checkpointing of every layer.")
 ]
+AllLayers = Annotated[
+    bool,
+    typer.Option("--all-layers", help="Simulate every layer, where a few would stand for all."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -64,22 +69,29 @@ def explain(
     save_plan: Annotated[
         Path | None, typer.Option("--save-plan", help="Write the loops to a file, to be replayed.")
     ] = None,
+    all_layers: AllLayers = False,
     as_json: AsJson = False,
 ) -> None:
     """Where the memory of a training step goes, what becomes a loop, and what does not, and why."""
-    subject = load_subject(model, Wanted(seq_len, batch_size, dtype, checkpoint))
+    wanted = Wanted(seq_len, batch_size, dtype, checkpoint)
+    subject = load_subject(model, wanted)
     with _busy("reading the model's graph"):
         args, kwargs = subject.batch
         report = mstc.explain(subject.model, *args, **kwargs)
-    traces = _traces(subject)
+    few = None if all_layers else layers.depths(subject)
+    if few is None:
+        steps = {backend: layers.step_of(trace) for backend, trace in _traces(subject).items()}
+    else:
+        steps = _steps(model, wanted, subject, few, report)
     if save_plan is not None:
         _save_plan(report, save_plan)
     if as_json:
         found = {"model": model, "seq_len": seq_len, "batch_size": batch_size, "dtype": dtype}
-        found |= {"checkpoint": checkpoint, "peaks": {b: _plain(t) for b, t in traces.items()}}
+        found |= {"checkpoint": checkpoint, "layers": subject.num_layers}
+        found |= {"peaks": {b: _plain(s) for b, s in steps.items()}}
         _print_json(found | {"report": json.loads(report.to_json())})
         return
-    text.print_explanation(Console(), subject, traces, report)
+    text.print_explanation(Console(), subject, steps, report)
 
 
 @app.command()
@@ -121,11 +133,8 @@ def fit_command(
         raise SubjectError(f"--memory {memory}: {error}.") from None
     if optimizer not in fit.OPTIMIZERS:
         raise SubjectError(f"--optimizer {optimizer}: one of {', '.join(fit.OPTIMIZERS)}.")
-    wanted = Wanted(1, batch_size, dtype)
-    found: list[fit.Fit] = []
-    for way in fit.WAYS:
-        with _busy(f"simulating {way.name}"):
-            found.append(fit.fit(model, room, wanted, way, optimizer))
+    with _busy(f"simulating {len(fit.WAYS)} ways of training"):
+        found = fit.fit_all(model, room, Wanted(1, batch_size, dtype), optimizer)
     if as_json:
         _print_json([dataclasses.asdict(one) for one in found])
     else:
@@ -205,12 +214,40 @@ def _traces(subject: Subject) -> dict[str, SimulatedTrace]:
     return traces
 
 
-def _plain(trace: SimulatedTrace) -> dict[str, Any]:
+def _steps(
+    model: str, wanted: Wanted, subject: Subject, few: tuple[int, int], report: mstc.Report
+) -> dict[str, layers.Step]:
+    """Of all layers, from steps of few of them under the plan that was made for all."""
+    assert subject.num_layers is not None
+    found: dict[str, layers.Step] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        replayed = layers.options_of(report, Path(folder) / "plan.json")
+        for backend in _BACKENDS:
+            options = replayed if backend == "mst" else None
+
+            def simulate(
+                num_layers: int,
+                backend: Backend = backend,
+                options: dict[str, Any] | None = options,
+            ) -> SimulatedTrace:
+                one = load_subject(model, dataclasses.replace(wanted, num_layers=num_layers))
+                args, kwargs = one.batch
+                with _busy(f"simulating a step of {num_layers} layers under {backend}"):
+                    return simulate_step(
+                        one.model, *args, backend=backend, options=options, **kwargs
+                    )
+
+            found[backend] = layers.step_of_all(simulate, few, subject.num_layers)
+    return found
+
+
+def _plain(step: layers.Step) -> dict[str, Any]:
     return {
-        "peak_nbytes": trace.peak_nbytes,
-        "peak_intermediate_nbytes": trace.peak_intermediate_nbytes,
-        "grad_nbytes": trace.grad_nbytes,
-        "at_peak": [vars(held) for held in trace.at_peak],
+        "peak_nbytes": step.peak_nbytes,
+        "peak_intermediate_nbytes": step.peak_intermediate_nbytes,
+        "grad_nbytes": step.grad_nbytes,
+        "simulated_layers": step.simulated,
+        "at_peak": [vars(held) for held in step.at_peak],
     }
 
 

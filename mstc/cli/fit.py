@@ -5,33 +5,39 @@ Terms
     step      what `mstc.simulate` finds: gradients, saved values, and what stands at the peak.
 
 Algorithm
-    1. A configuration of many equal layers is simulated with few of them, at two depths. Peaks
-       early in the step (saved values of all layers, few gradients) and late (all gradients, no
-       saved values) are linear in the number of layers each; the larger one counts.
+    1. A configuration of many equal layers is simulated with few of them (`mstc.cli.layers`).
     2. The step is compiled once per depth with the sequence length left open, and simulated at
        lengths that close in on the longest that fits.
 
-Held against a simulation of all layers at the length found, tests see at most 3 %.
+Tests hold this against a simulation of all layers, with the length found instead of an open one:
+they are equal.
 
 What it assumes: code as Inductor writes it for a CPU (kernels on a GPU fuse much alike; its
 attention kernels keep statistics a little larger); nothing for the CUDA context, for fragmentation,
-for communication. Chunks have the fewest rows that keep a GPU busy, so that the answer does not
-depend on the planner's choice for one length.
+for communication; nothing is offloaded (PyTorch's option for it moves values that a pass of the
+user's has marked from a GPU to the host, and simulated tensors are on the host). Chunks have the
+fewest rows that keep a GPU busy, so that the answer does not depend on the planner's choice for one
+length.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from mstc.cli.subject import Subject, SubjectError, Wanted, load_subject
+from mstc.cli.layers import depths, extrapolate, step_of_all
+from mstc.cli.subject import SubjectError, Wanted, load_subject
 from mstc.driver import MIN_ROWS
 from mstc.simulate import Backend, Simulation, loss_of
 from mstc.watch import SimulatedTrace
@@ -94,47 +100,58 @@ def fit(model: str, memory: int, wanted: Wanted, way: Way, optimizer: str = "ada
     state = weights * (1 + OPTIMIZERS[optimizer])
     if memory <= state:
         return Fit(way, None, state, 0)
+    few = depths(whole)
     with ExitStack() as stack:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        simulated = [
-            _Simulated(model, replace(wanted, num_layers=n), way, mode) for n in _depths(whole)
-        ]
-        for one in simulated:
-            stack.enter_context(one)
+        known: dict[int | None, _Simulated] = {}
 
-        def step(seq_len: int) -> int:
-            early_and_late = [_early_and_late(s.trace(seq_len)) for s in simulated]
-            return max(
-                _extrapolated(peaks, [s.num_layers for s in simulated], whole.num_layers or 0)
-                for peaks in zip(*early_and_late, strict=True)
-            )
+        def simulated(num_layers: int | None) -> _Simulated:
+            if num_layers not in known:
+                with _disable_current_modes():  # a deeper one may be made when others are entered
+                    one = _Simulated(model, replace(wanted, num_layers=num_layers), way, mode)
+                known[num_layers] = stack.enter_context(one)
+            return known[num_layers]
 
-        longest = _longest(step, memory - state)
-        return Fit(way, longest, state, step(longest or _GRAIN))
+        def trace(num_layers: int | None, seq_len: int) -> SimulatedTrace:
+            return simulated(num_layers).trace(seq_len)
 
+        if few is None or whole.num_layers is None:
+            longest = _longest(lambda n: trace(None, n).peak_nbytes, memory - state)
+            return Fit(way, longest, state, trace(None, longest or _GRAIN).peak_nbytes)
+        depth = whole.num_layers
 
-def _depths(subject: Subject) -> list[int | None]:
-    """The numbers of layers to simulate."""
-    depth, period = subject.num_layers, subject.period
-    few = [2, 3] if period == 1 else [period, 2 * period]
-    return [None] if depth is None or depth <= few[-1] else list(few)
+        def step(seq_len: int, pair: tuple[int, int]) -> int:
+            return extrapolate([trace(n, seq_len) for n in pair], pair, depth).peak_nbytes
 
-
-def _extrapolated(peaks: tuple[int, ...], depths: list[int | None], depth: int) -> int:
-    if len(peaks) == 1:
-        return peaks[0]
-    (first, second), (low, high) = peaks, depths
-    assert low is not None
-    assert high is not None
-    return first + (second - first) * (depth - low) // (high - low)
+        while True:
+            longest = _longest(partial(step, pair=few), memory - state)
+            seq_len = longest or _GRAIN
+            found = step_of_all(partial(trace, seq_len=seq_len), few, depth)
+            if longest is None or found.simulated in (None, few):
+                return Fit(way, longest, state, found.peak_nbytes)
+            few = found.simulated  # too shallow at that length
 
 
-def _early_and_late(trace: SimulatedTrace) -> tuple[int, int]:
-    """The peak until half of the backward, by its events, and after."""
-    end = trace.timeline[-1][0]
-    middle = (trace.backward + end) / 2
-    early = max(n for time, n in trace.timeline if time <= middle)
-    return early, max(n for time, n in trace.timeline if time > middle)
+def fit_all(model: str, memory: int, wanted: Wanted, optimizer: str = "adamw") -> list[Fit]:
+    """`fit` in every way of `WAYS`, half of them in a second process: two at once.
+
+    Raises:
+        SubjectError: as for `fit`.
+    """
+    weights = sum(p.nbytes for p in load_subject(model, wanted).model.parameters())
+    if memory <= weights * (1 + OPTIMIZERS[optimizer]):
+        return [fit(model, memory, wanted, way, optimizer) for way in WAYS]  # nothing to simulate
+    own, other = (WAYS[0], WAYS[3]), (WAYS[1], WAYS[2])  # about as long
+    # no fork: PyTorch has threads, and Dynamo's state belongs to one process
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as second:
+        later = [second.submit(fit, model, memory, wanted, way, optimizer) for way in other]
+        try:
+            found = [fit(model, memory, wanted, way, optimizer) for way in own]
+        except BaseException:
+            second.shutdown(wait=False, cancel_futures=True)
+            raise
+        found += [one.result() for one in later]
+    return sorted(found, key=lambda one: WAYS.index(one.way))
 
 
 def _longest(step: Callable[[int], int], room: int) -> int | None:
@@ -166,7 +183,6 @@ class _Simulated:
 
     def __init__(self, model: str, wanted: Wanted, way: Way, mode: FakeTensorMode) -> None:
         self._subject, self._way = load_subject(model, wanted), way
-        self.num_layers = wanted.num_layers
         self._open = _open_dims(*map(self._subject.batch_of, (_FIRST, 2 * _FIRST)))
         if not any(self._open):
             raise SubjectError(

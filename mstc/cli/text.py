@@ -11,16 +11,17 @@ from rich.text import Text
 
 from mstc.cli.checks import Check
 from mstc.cli.fit import WAYS, Fit
+from mstc.cli.layers import Step
 from mstc.cli.subject import Subject
 from mstc.plans import Change
 from mstc.quantity import format_bytes as size
 from mstc.report import Report
-from mstc.watch import SimulatedTrace
 
 _AT_PEAK = 8  # rows
 _RIGHT = {"bytes", "loops", "peak", "intermediate", "not whole", "tokens", "step", "state"}
 
 
+_FEW = "{0}: {2} and {3} of {1} layers simulated; what further ones add is the same."
 _ASSUMED = """\
 step: the peak of forward and backward, gradients included. state: weights and the states of \
 {optimizer}, in the weights' dtype. mst with options={options}. Simulated from the code that \
@@ -30,13 +31,18 @@ Inductor writes for a CPU; no CUDA context, fragmentation or communication is in
 def print_explanation(
     console: Console,
     subject: Subject,
-    traces: Mapping[str, SimulatedTrace],
+    steps: Mapping[str, Step],
     report: Report,
 ) -> None:
     """The answer of ``mstc explain``."""
-    console.print(_peaks(traces))
-    for backend, trace in traces.items():
-        console.print(_held(backend, trace))
+    console.print(_peaks(steps))
+    for backend, step in steps.items():
+        if step.simulated:
+            console.print(Text(_FEW.format(backend, subject.num_layers, *step.simulated)))
+    if any(step.simulated for step in steps.values()):
+        console.print("The plan is made for all layers. --all-layers simulates all.\n")
+    for backend, step in steps.items():
+        console.print(_held(backend, step))
     loops = [loop for graph in report.graphs for loop in graph.loops]
     if loops:
         table = _table("Loops", "loops", "chunks", "mode", "not whole", "from")
@@ -104,25 +110,25 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _peaks(traces: Mapping[str, SimulatedTrace]) -> Table:
+def _peaks(steps: Mapping[str, Step]) -> Table:
     table = _table(
         "One step, forward and backward, above weights and batch",
         *("backend", "peak", "intermediate", "of Inductor's"),
     )
-    base = traces["inductor"].peak_intermediate_nbytes if "inductor" in traces else 0
-    for backend, trace in traces.items():
-        own = trace.peak_intermediate_nbytes
+    base = steps["inductor"].peak_intermediate_nbytes if "inductor" in steps else 0
+    for backend, step in steps.items():
+        own = step.peak_intermediate_nbytes
         ratio = f"{own / base:.2f}x" if base else ""
-        table.add_row(backend, size(trace.peak_nbytes), size(own), ratio)
+        table.add_row(backend, size(step.peak_nbytes), size(own), ratio)
     return table
 
 
-def _held(backend: str, trace: SimulatedTrace) -> Table:
+def _held(backend: str, step: Step) -> Table:
     """Equal values of equal layers share a row."""
     table = _table(f"At the peak of intermediate memory, {backend}", "bytes", "made by")
     together: Counter[str] = Counter()
     counts: Counter[str] = Counter()
-    for held in trace.at_peak:
+    for held in step.at_peak:
         what = f"{held.made_by} {held.source}".rstrip()
         together[what] += held.nbytes
         counts[what] += 1

@@ -85,6 +85,18 @@ def _large_model() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     return model, (torch.zeros(4, 8192, dtype=torch.long), torch.zeros(4, 8192, dtype=torch.long))
 
 
+def test_explain_stops_at_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The partitioner, which takes seconds where layers are many, is not asked."""
+
+    def partition(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the plan is there")
+
+    monkeypatch.setattr(mstc.inductor, "min_cut_rematerialization_partition", partition)
+    report = mstc.explain(TinyLM(), *lm_batch(64, vocab=32), options=EAGER)
+    assert report.graphs[0].loops
+    assert not report.notes
+
+
 def test_explain_what_would_not_fit() -> None:
     """16 GB of logits: on fake tensors, and on the meta device, as people make large models."""
     with FakeTensorMode():

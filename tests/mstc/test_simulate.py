@@ -17,7 +17,7 @@ from mstc.emission import emit
 from mstc.errors import SimulationError
 from mstc.options import parse_options
 from mstc.runtime.memory import MemoryTrace, measure_step
-from mstc.simulate import Backend, loss_of, simulate_step
+from mstc.simulate import Backend, Simulation, loss_of, simulate_step
 from mstc.watch import Buffer
 from tests.models import (
     INDUCTOR,
@@ -81,6 +81,24 @@ def test_many_chunks_are_three() -> None:
     measured = _measured(model, batch, "mst")
     assert simulated.peak_intermediate_nbytes == measured.peak_intermediate_nbytes
     assert len(simulated.timeline) < len(measured.timeline)
+
+
+@pytest.mark.parametrize("backend", ["inductor", "mst"])
+def test_compiled_once_it_runs_once(backend: Backend) -> None:
+    model, batch = TinyLM(), lm_batch(24, vocab=32)
+    runs: list[int] = []
+    with Simulation(model, batch) as simulation:
+        options = INDUCTOR if backend == "mst" else None
+        compiled = simulation.compile(model, backend, options)
+
+        def step() -> None:
+            runs.append(1)
+            loss_of(compiled(*simulation.batch)).backward()
+
+        first = simulation.trace(step)
+        assert len(runs) == 2, "to compile, and to watch"
+        assert simulation.trace(step).peak_nbytes == first.peak_nbytes
+        assert len(runs) == 3
 
 
 def test_a_real_run_after_it_has_kernels() -> None:

@@ -1,0 +1,174 @@
+"""A step of all layers, found from steps of few: equal to a simulation of all."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mstc.cli import layers
+from mstc.cli.app import run
+from mstc.cli.subject import Subject
+from mstc.runtime.memory import MemoryTrace
+from mstc.watch import Buffer, SimulatedTrace
+from tests.models import fresh_compiler  # noqa: F401  (an autouse fixture)
+
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 4096,
+    "max_position_embeddings": 1 << 20,
+}
+
+
+def _config(tmp_path: Path, **changes: Any) -> str:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG | changes))
+    return str(path)
+
+
+@pytest.mark.parametrize("more", [[], ["--checkpoint"]], ids=["", "checkpoint"])
+def test_explain(more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same peaks and the same values at them, of two and three layers as of all five."""
+    arguments = ["explain", _config(tmp_path), "--seq-len=1536", "--json", *more]
+    assert run(arguments) == 0
+    few = json.loads(capsys.readouterr().out)
+    assert run([*arguments, "--all-layers"]) == 0
+    every = json.loads(capsys.readouterr().out)
+    assert few["layers"] == 5
+    assert few["report"] == every["report"], "the plan is made for all layers in any case"
+    assert few["report"]["graphs"][0]["loops"]
+    for backend, entry in few["peaks"].items():
+        whole = every["peaks"][backend]
+        assert entry["simulated_layers"] in ([2, 3], [3, 4])
+        assert whole["simulated_layers"] is None
+        assert sum(h["nbytes"] for h in entry["at_peak"]) == entry["peak_intermediate_nbytes"]
+        for name in ("peak_nbytes", "peak_intermediate_nbytes", "grad_nbytes"):
+            assert entry[name] == whole[name], (backend, name)
+        assert sorted(h["nbytes"] for h in entry["at_peak"]) == sorted(
+            h["nbytes"] for h in whole["at_peak"]
+        )
+
+
+def test_text_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where nothing is worth a loop."""
+    assert run(["explain", _config(tmp_path, vocab_size=64), "--seq-len=16"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.count("of 5 layers simulated") == 2
+    assert "No loops" in text
+
+
+def _subject(depth: int | None, period: int) -> Subject:
+    return Subject("", None, lambda tokens: ((), {}), 1, depth, period)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("depth", "period", "few"),
+    [
+        (None, 1, None),
+        (3, 1, None),
+        (4, 1, (2, 3)),
+        (32, 1, (2, 3)),
+        (6, 2, (2, 4)),
+        (7, 2, (3, 5)),
+        (26, 6, (8, 14)),
+        (12, 12, None),
+    ],
+)
+def test_depths(depth: int | None, period: int, few: tuple[int, int] | None) -> None:
+    assert layers.depths(_subject(depth, period)) == few
+    if few is not None:
+        assert depth is not None
+        assert (depth - few[0]) % (few[1] - few[0]) == 0
+        assert few[0] % period == depth % period, "it ends on a layer of the same kind"
+
+
+@dataclass
+class _Step:
+    """A step, written down: what is made and what is dropped, by name."""
+
+    times: int = 0
+    backward: int = 0
+    buffers: list[Buffer] = field(default_factory=list)
+
+    def make(self, name: str, nbytes: int) -> None:
+        own = nbytes if name == "gradient" else 0
+        self.buffers.append(Buffer(nbytes, own, self.times, None, name, "", None, False))
+        self.times += 1
+
+    def drop(self, name: str) -> None:
+        """The latest of that name."""
+        last = max(i for i, b in enumerate(self.buffers) if b.made_by == name and b.dies is None)
+        self.buffers[last] = replace(self.buffers[last], dies=self.times)
+        self.times += 1
+
+    def trace(self) -> SimulatedTrace:
+        def alive(time: int) -> list[Buffer]:
+            return [b for b in self.buffers if b.born <= time and (b.dies or 1e9) > time]
+
+        timeline = [(float(t), sum(b.nbytes for b in alive(t))) for t in range(self.times)]
+        grad = sum(b.grad_nbytes for b in self.buffers)
+        peak = max(nbytes for _, nbytes in timeline)
+        memory = MemoryTrace(peak, 0, timeline[-1][1], grad, tuple(timeline))
+        return SimulatedTrace(
+            **vars(memory),
+            loops=(),
+            backward=self.backward,
+            buffers=tuple(self.buffers),
+            peak_time=0.0,
+        )
+
+
+def _trace(depth: int, saved: int, grad: int, loss: int = 0) -> SimulatedTrace:
+    """Every layer keeps a value, and its backward needs another, and gives a gradient."""
+    step = _Step()
+    for _ in range(depth):
+        step.make("kept", saved)
+    if loss:
+        step.make("loss", loss)
+        step.drop("loss")
+    step.backward = step.times
+    for _ in range(depth):
+        step.make("work", 50)
+        step.drop("work")
+        step.make("gradient", grad)
+        step.drop("kept")
+    return step.trace()
+
+
+@pytest.mark.parametrize(("saved", "grad"), [(100, 10), (10, 100), (70, 70)])
+def test_memory_that_falls_and_that_rises(saved: int, grad: int) -> None:
+    """Through the backward, from layer to layer: the highest instant is in the last layer, or in
+    the first."""
+    found = layers.extrapolate([_trace(n, saved, grad) for n in (2, 3)], (2, 3), 9)
+    whole = _trace(9, saved, grad)
+    assert found.peak_nbytes == whole.peak_nbytes
+    assert found.peak_intermediate_nbytes == 9 * saved + 50
+    assert found.grad_nbytes == 9 * grad
+    assert found.at_peak == whole.at_peak
+
+
+def test_another_instant_in_a_shallow_step() -> None:
+    """With two layers a loss is the highest, with three and more the backward is."""
+
+    def trace(depth: int) -> SimulatedTrace:
+        return _trace(depth, 100, 10, loss=0 if depth > 2 else 320)
+
+    asked: list[int] = []
+
+    def simulate(depth: int) -> SimulatedTrace:
+        asked.append(depth)
+        return trace(depth)
+
+    found = layers.step_of_all(simulate, (2, 3), 9)
+    assert asked == [2, 3, 4]
+    assert found.simulated == (3, 4)
+    assert found.peak_nbytes == trace(9).peak_nbytes
