@@ -6,7 +6,8 @@
 `mstc.simulate_step` runs no kernel and builds none; the measured peaks are those in
 benchmarks/results/coverage-cpu.json (benchmarks/coverage.py), of the same sizes, contenders and
 options. Per architecture one fresh process. Results go to benchmarks/results/prediction-cpu.json,
-and docs/prediction.md is made of them.
+and docs/prediction.md and a table of
+the README are made of them.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -25,7 +27,7 @@ from torch.fx import GraphModule
 from tqdm import tqdm
 
 from benchmarks import coverage, measure, models, store, zoo
-from benchmarks.table import table
+from benchmarks.table import put, table
 from mstc.driver import analyze_graph
 from mstc.errors import SimulationError
 from mstc.options import parse_options
@@ -34,6 +36,7 @@ from mstc.simulate import Backend, Simulation
 
 RESULTS = measure.ROOT / "benchmarks" / "results" / "prediction-cpu.json"
 PAGE = measure.ROOT / "docs" / "prediction.md"
+README = measure.ROOT / "README.md"
 BACKENDS: tuple[Backend, ...] = ("inductor", "mst")
 PLANNER = "planner"  # its own estimate of what mst takes, made before Inductor sees the graph
 _WITHIN = 0.05
@@ -109,8 +112,23 @@ def _subject(architecture: zoo.Architecture, mode: str) -> models.Subject:
     return subject
 
 
-def page(results: dict[str, Any], measured: dict[str, Any]) -> str:
-    """docs/prediction.md."""
+@dataclass(frozen=True)
+class Findings:
+    """Predictions held against measurements."""
+
+    off: dict[str, list[tuple[float, str]]]  # backend -> relative error and row
+    without: list[str]  # rows that lack one of both, and why
+
+    @property
+    def summary(self) -> str:
+        """One line per backend."""
+        header = ("backend", "rows", "equal to the byte", "median error", "worst error")
+        header += (f"within {_WITHIN:.0%}",)
+        return table(header, [_summary_line(name, found) for name, found in self.off.items()])
+
+
+def compare(results: dict[str, Any], measured: dict[str, Any]) -> Findings:
+    """Both result files, row by row."""
     off: dict[str, list[tuple[float, str]]] = {one: [] for one in (*BACKENDS, PLANNER)}
     without: list[str] = []
     for name, modes in results["records"].items():
@@ -126,31 +144,33 @@ def page(results: dict[str, Any], measured: dict[str, Any]) -> str:
                     off[backend].append(
                         (one["peak_intermediate_nbytes"] / real - 1, f"{name}/{mode}")
                     )
-    lines = [_summary_line(backend, found) for backend, found in off.items()]
-    header = ("backend", "rows", "equal to the byte", "median error", "worst error")
-    header += (f"within {_WITHIN:.0%}",)
+    return Findings(off, without)
+
+
+def page(results: dict[str, Any], found: Findings) -> str:
+    """docs/prediction.md."""
     listed = [
         (row, backend, f"{error:+.2%}")
-        for backend, found in off.items()
-        for error, row in sorted(found, key=lambda one: -abs(one[0]))
+        for backend, errors in found.off.items()
+        for error, row in sorted(errors, key=lambda one: -abs(one[0]))
         if abs(error) > (_WITHIN if backend == PLANNER else _SHOWN)
     ]
     seconds = [
         one["seconds"]
         for modes in results["records"].values()
-        for found in modes["modes"].values()
-        for backend, one in found.items()
+        for backends in modes["modes"].values()
+        for backend, one in backends.items()
         if "seconds" in one and backend != PLANNER
     ]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return _PAGE.format(
         where=f"{results['device']}; {versions}; {results['date']}",
-        summary=table(header, lines),
+        summary=found.summary,
         seconds=f"{median(seconds):.1f}" if seconds else "?",
         shown=f"{_SHOWN:.1%}",
         within=f"{_WITHIN:.0%}",
         off=table(("row", "backend", "error"), listed) if listed else "None.",
-        without="\n".join(without) or "None.",
+        without="\n".join(found.without) or "None.",
     )
 
 
@@ -224,8 +244,10 @@ def main(arguments: list[str]) -> int:
     results["records"] = order
     store.save(RESULTS, results)
     measured = json.loads(Path(coverage.RESULTS).read_text())
-    PAGE.write_text(page(results, measured))
-    print(page(results, measured).split("\n\n")[2])
+    found = compare(results, measured)
+    PAGE.write_text(page(results, found))
+    README.write_text(put(README.read_text(), "prediction", found.summary))
+    print(found.summary)
     return 0
 
 

@@ -385,7 +385,9 @@ def _settled(
     def compiled(gm: GraphModule, own: Sequence[Any], tried: Options) -> Callable[..., Any]:
         return _compile(gm, own, tried, Report(), gm)
 
-    key = report_key(subject, ChunkPass(options, report).uuid(), options.inductor)
+    # one answer for a simulation and for what it is of
+    asked = ChunkPass(dataclasses.replace(options, lowering="inductor"), report)
+    key = report_key(subject, asked.uuid(), options.inductor)
     options, line = settle(graph, inputs, options, compiled, key)
     report.notes.append(line)
     return options

@@ -20,6 +20,7 @@ from benchmarks import (
     prediction,
     store,
     table,
+    tradeoff,
     zoo,
 )
 from benchmarks.zoo import ZOO
@@ -275,11 +276,23 @@ def test_what_is_published_is_what_was_measured():
 
 
 def test_predictions_are_those_that_were_published():
-    """docs/prediction.md is made of both result files, and has no row that was not measured."""
+    """docs/prediction.md and the README's table are made of both result files."""
     results = json.loads(prediction.RESULTS.read_text())
     measured = json.loads(coverage.RESULTS.read_text())
     assert set(results["records"]) == set(ZOO)
-    assert prediction.PAGE.read_text() == prediction.page(results, measured)
+    found = prediction.compare(results, measured)
+    assert prediction.PAGE.read_text() == prediction.page(results, found)
+    readme = prediction.README.read_text()
+    assert readme == table.put(readme, "prediction", found.summary)
+
+
+def test_trade_offs_are_those_that_were_published():
+    """docs/tradeoff.md is made of the results, and every row has all contenders."""
+    results = json.loads(tradeoff.RESULTS.read_text())
+    for record in results["records"].values():
+        assert set(record["contenders"]) == {"inductor", *tradeoff.SETTINGS}
+    assert tradeoff.PAGE.read_text() == tradeoff.page(results)
+    assert "<svg" in tradeoff.PICTURE.read_text()
 
 
 def test_a_row_above_the_limit_is_measured_three_times(

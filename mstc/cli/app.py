@@ -17,12 +17,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from torch._dynamo.exc import BackendCompilerFailed  # what Dynamo makes of our errors
 
 import mstc
 from mstc import plans
 from mstc.cli import checks, fit, html, layers, text
 from mstc.cli.subject import Subject, SubjectError, Wanted, load_subject
-from mstc.errors import OptionError, SimulationError
+from mstc.errors import BudgetError, OptionError, SimulationError
 from mstc.quantity import parse_bytes
 from mstc.simulate import Backend, simulate_step
 from mstc.watch import SimulatedTrace
@@ -56,6 +57,10 @@ AllLayers = Annotated[
     bool,
     typer.Option("--all-layers", help="Simulate every layer, where a few would stand for all."),
 ]
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option("--memory-budget", help="Under mst: the most that a step may take, as 24GiB."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -69,18 +74,19 @@ def explain(
     save_plan: Annotated[
         Path | None, typer.Option("--save-plan", help="Write the loops to a file, to be replayed.")
     ] = None,
+    memory_budget: MemoryBudget = None,
     all_layers: AllLayers = False,
     as_json: AsJson = False,
 ) -> None:
     """Where the memory of a training step goes, what becomes a loop, and what does not, and why."""
     wanted = Wanted(seq_len, batch_size, dtype, checkpoint)
     subject = load_subject(model, wanted)
-    with _busy("reading the model's graph"):
-        args, kwargs = subject.batch
-        report = mstc.explain(subject.model, *args, **kwargs)
-    few = None if all_layers else layers.depths(subject)
+    report = _explained(subject, memory_budget)
+    # what a budget asks of the partitioner is in no plan that few layers could replay
+    few = None if all_layers or memory_budget else layers.depths(subject)
     if few is None:
-        steps = {backend: layers.step_of(trace) for backend, trace in _traces(subject).items()}
+        traces = _traces(subject, memory_budget)
+        steps = {backend: layers.step_of(trace) for backend, trace in traces.items()}
     else:
         steps = _steps(model, wanted, subject, few, report)
     if save_plan is not None:
@@ -151,6 +157,7 @@ def plot(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="A .png or .svg file; the other comes beside it.")
     ] = Path("memory.png"),
+    memory_budget: MemoryBudget = None,
     as_json: AsJson = False,
 ) -> None:
     """A picture of memory over the step, before and after."""
@@ -160,7 +167,7 @@ def plot(
         raise SubjectError(f"a picture needs {error.name}: pip install 'mstc[cli]'") from error
     paths = picture.paths_of(out)
     subject = load_subject(model, Wanted(seq_len, batch_size, dtype, checkpoint))
-    traces = _traces(subject)
+    traces = _traces(subject, memory_budget)
     title = f"{Path(subject.name).stem}, {batch_size} x {seq_len:,} tokens, {dtype}"
     picture.draw(traces, title + (", checkpointed" if checkpoint else ""), paths)
     if as_json:
@@ -177,16 +184,15 @@ def report_command(
     dtype: Dtype = "bf16",
     checkpoint: Checkpoint = False,
     out: Annotated[Path, typer.Option("--out", "-o", help="An .html file.")] = Path("report.html"),
+    memory_budget: MemoryBudget = None,
     as_json: AsJson = False,
 ) -> None:
     """A page for a browser: the timeline with every large buffer, the plan, what was refused."""
     path = html.path_of(out)
     wanted = Wanted(seq_len, batch_size, dtype, checkpoint)
     subject = load_subject(model, wanted)
-    with _busy("reading the model's graph"):
-        args, kwargs = subject.batch
-        report = mstc.explain(subject.model, *args, **kwargs)
-    html.write(path, html.page(subject, wanted, _traces(subject), report))
+    report = _explained(subject, memory_budget)
+    html.write(path, html.page(subject, wanted, _traces(subject, memory_budget), report))
     if as_json:
         _print_json({"files": [str(path)]})
     else:
@@ -205,12 +211,23 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-def _traces(subject: Subject) -> dict[str, SimulatedTrace]:
+def _explained(subject: Subject, memory_budget: str | None) -> mstc.Report:
+    options = None if memory_budget is None else {"memory_budget": memory_budget}
+    args, kwargs = subject.batch
+    with _busy("reading the model's graph"):
+        return mstc.explain(subject.model, *args, options=options, **kwargs)
+
+
+def _traces(subject: Subject, memory_budget: str | None) -> dict[str, SimulatedTrace]:
+    budget = None if memory_budget is None else {"memory_budget": memory_budget}
     traces: dict[str, SimulatedTrace] = {}
     args, kwargs = subject.batch
     for backend in _BACKENDS:
+        options = budget if backend == "mst" else None
         with _busy(f"simulating a step under {backend}"):
-            traces[backend] = simulate_step(subject.model, *args, backend=backend, **kwargs)
+            traces[backend] = simulate_step(
+                subject.model, *args, backend=backend, options=options, **kwargs
+            )
     return traces
 
 
@@ -273,5 +290,10 @@ def run(arguments: Sequence[str]) -> int:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except (SubjectError, SimulationError, OptionError) as error:
         print(f"mstc: {error}", file=sys.stderr)
+        return 2
+    except BackendCompilerFailed as error:
+        if not isinstance(error.inner_exception, (OptionError, BudgetError)):
+            raise
+        print(f"mstc: {error.inner_exception}", file=sys.stderr)
         return 2
     return 0

@@ -85,6 +85,16 @@ def test_explain_as_json(script: str, capsys: pytest.CaptureFixture[str]) -> Non
         assert sum(h["nbytes"] for h in entry["at_peak"]) == entry["peak_intermediate_nbytes"]
 
 
+def test_explain_within_a_budget(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--seq-len=2048", "--dtype=fp32", "--memory-budget=24MiB", "--json"]
+    assert run(["explain", f"{script}:build", *arguments]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (
+        found["peaks"]["mst"]["peak_nbytes"] <= 24 << 20 < found["peaks"]["inductor"]["peak_nbytes"]
+    )
+    assert any(note.startswith("memory budget 24 MiB") for note in found["report"]["notes"])
+
+
 def test_plans(script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Saved, compared with itself and with another; where it cannot be written, one line."""
     one, two = tmp_path / "one.json", tmp_path / "two.json"
@@ -163,6 +173,9 @@ MISTAKES = {
     "batch": (["{script}:build", "--batch-size=-2"], "--batch-size -2: it must be at least 1"),
     "dtype": (["{script}:build", "--dtype", "int4"], "one of fp32, bf16, fp16"),
     "checkpoint": (["{script}:build", "--checkpoint"], "let your function return a model that"),
+    "no budget": (["{script}:build", "--memory-budget=0GiB"], 'options["memory_budget"] is'),
+    "too much": (["{script}:build", "--memory-budget=900TiB"], "is 921,600 GiB, and cpu has"),
+    "too little": (["{script}:build", "--memory-budget=1KiB"], "a step of this graph takes"),
     "no folder": (["{folder}"], "there is no config.json in this folder"),
 }
 
