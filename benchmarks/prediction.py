@@ -48,8 +48,9 @@ def rows(job: dict[str, Any]) -> dict[str, Any]:
     """One architecture in all its modes: mode -> backend -> what was found."""
     coverage.let_dynamo_compile_everything()
     name = job["architecture"]
+    backends = () if job["planner_only"] else BACKENDS
     return {
-        mode: {backend: _simulated(name, mode, backend) for backend in BACKENDS}
+        mode: {backend: _simulated(name, mode, backend) for backend in backends}
         | {PLANNER: _estimated(name, mode)}
         for mode in coverage.modes_of(name)
     }
@@ -226,6 +227,9 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--jobs", type=int, default=1, help="architectures at once")
     parser.add_argument("--redo", action="store_true", help="also rows that the results have")
+    parser.add_argument(
+        "--planner", action="store_true", help="the planner's estimates anew, and nothing else"
+    )
     parser.add_argument("--force", action="store_true", help="drop results of other versions")
     options = parser.parse_args(arguments)
     if unknown := set(options.only) - set(zoo.ZOO):
@@ -233,12 +237,15 @@ def main(arguments: list[str]) -> int:
     header = measure.environment("cpu") | {"date": date.today().isoformat()}
     results = store.load(RESULTS, header, options.force)
     records = results["records"]
-    todo = [name for name in options.only if options.redo or name not in records]
+    again = options.redo or options.planner
+    todo = [name for name in options.only if again or name not in records]
     with ThreadPoolExecutor(options.jobs) as pool:
-        pending = {pool.submit(_fresh, name): name for name in todo}
+        pending = {pool.submit(_fresh, name, options.planner): name for name in todo}
         for done in tqdm(as_completed(pending), total=len(pending), unit="architecture"):
-            commit = coverage.commit()
-            records[pending[done]] = {"commit": commit, "modes": done.result()}
+            record = {"commit": coverage.commit(), "modes": done.result()}
+            if options.planner:
+                record = _with_estimates(records[pending[done]], record)
+            records[pending[done]] = record
             store.save(RESULTS, results)
     order = {name: records[name] for name in zoo.ZOO if name in records}
     results["records"] = order
@@ -251,13 +258,23 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _fresh(name: str) -> dict[str, Any]:
-    job = {"architecture": name}
+def _with_estimates(record: dict[str, Any], estimates: dict[str, Any]) -> dict[str, Any]:
+    """A record, with other estimates of the planner; `commit` stays that of the simulations."""
+    modes = {
+        mode: found | {PLANNER: estimates["modes"][mode][PLANNER]}
+        for mode, found in record["modes"].items()
+    }
+    return record | {"modes": modes}
+
+
+def _fresh(name: str, planner_only: bool) -> dict[str, Any]:
+    job = {"architecture": name, "planner_only": planner_only}
     try:
         found = measure.run_fresh("benchmarks.prediction", job, timeout_s=_TIMEOUT_S)
     except measure.WorkerFailed as problem:
         lost = {"failed": str(problem)[-300:]}
-        found = {mode: dict.fromkeys(BACKENDS, lost) for mode in coverage.modes_of(name)}
+        every = (*BACKENDS, PLANNER)
+        found = {mode: dict.fromkeys(every, lost) for mode in coverage.modes_of(name)}
     return cast("dict[str, Any]", found)
 
 

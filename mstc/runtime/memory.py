@@ -138,7 +138,9 @@ def _gradient_storages(parameters: Iterable[torch.Tensor]) -> dict[int, int]:
 
 
 def _record_cpu(fn: Callable[[], object]) -> tuple[object, list[MemoryEvent]]:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    # `acc_events` matters over several cycles, and there is one; torch 2.11 warns if it is not said
+    options: Any = {"activities": [ProfilerActivity.CPU], "acc_events": True}
+    with profile(profile_memory=True, **options) as profiler:
         result = fn()
     # The event tree, unlike `events()`, knows addresses.
     inner: Any = profiler.profiler
