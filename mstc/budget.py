@@ -5,9 +5,9 @@ Terms
               optimizer state, batch): intermediate values and gradients, as `mstc.measure_peak`
               counts `peak_nbytes`. Each graph has it for itself.
     setting   one way to compile a graph. `LADDER` has them in order, each smaller and slower than
-              the one before: no loops, loops with ever smaller chunks, then recomputation of what
-              is between loops (AOTAutograd's `activation_memory_budget`), then chunks below the
-              rows that keep a device busy.
+              the one before: no loops, loops with ever smaller chunks, chunks below the rows that
+              keep a device busy, then recomputation of what is between loops (AOTAutograd's
+              `activation_memory_budget`), which costs most and saves least (docs/tradeoff.md).
 
 Algorithm
     1. A setting's peak is that of the code which Inductor writes for it, run on fake tensors
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
 from mstc.errors import BudgetError, BudgetWarning, OptionError
@@ -43,15 +45,16 @@ from mstc.quantity import format_bytes
 from mstc.saved import load_entry, save_entry
 from mstc.watch import Watch
 
+log = logging.getLogger(__name__)
+
 Compile = Callable[[GraphModule, Sequence[Any], Options], Callable[..., Any]]
 
 _STEPS = 8  # between no loops and the smallest chunks
 CHUNKED = tuple(Setting(tightness=i / _STEPS) for i in range(_STEPS + 1))
-RECOMPUTED = tuple(Setting(tightness=1.0, activation_budget=share) for share in (0.5, 0.2, 0.05))
-SMALLEST = tuple(
-    Setting(tightness=1.0, least_divisor=divisor, activation_budget=0.05) for divisor in (4, 16)
-)
-LADDER = (*CHUNKED, *RECOMPUTED, *SMALLEST)
+FINER = (Setting(tightness=1.0, least_divisor=4),)
+RECOMPUTED = tuple(replace(FINER[0], activation_budget=share) for share in (0.5, 0.2, 0.05))
+FINEST = (replace(RECOMPUTED[-1], least_divisor=16),)
+LADDER = (*CHUNKED, *FINER, *RECOMPUTED, *FINEST)
 
 
 def budget_bytes(budget: int | float, device: torch.device) -> int:
@@ -118,7 +121,16 @@ def settle(
         return replace(options, setting=setting), f"memory budget {format_bytes(budget)}: {line}"
     chosen = _kept(key)
     if chosen is None:
-        chosen = _search(graph, inputs, options, compile_, budget)
+        try:
+            chosen = _search(graph, inputs, options, compile_, budget)
+        except Exception as error:  # the model reads a value, or Inductor cannot compile it
+            log.debug("a budget cannot be checked", exc_info=error)
+            line = (
+                f"memory budget {format_bytes(budget)}: its step cannot be simulated "
+                f"({type(error).__name__}: {error}), so no peak is known: the smallest chunks"
+            )
+            warnings.warn(line, BudgetWarning, stacklevel=2)
+            return replace(options, setting=CHUNKED[-1]), line
         save_entry("budgets", key, json.dumps([asdict(chosen[0]), chosen[1]]))
     setting, peak = chosen
     line = f"memory budget {format_bytes(budget)}: {setting}; simulated peak {format_bytes(peak)}"
@@ -157,7 +169,7 @@ def _search(
     """The first setting within the budget, or the smallest that was looked at, and its peak."""
     known: dict[int, int] = {}
     trains = any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
-    ladder = LADDER if trains and torch.is_grad_enabled() else (*CHUNKED, *_WITHOUT_GRADIENTS)
+    ladder = LADDER if trains and torch.is_grad_enabled() else _WITHOUT_GRADIENTS
 
     def fits(index: int) -> bool:
         if index not in known:
@@ -175,7 +187,7 @@ def _search(
     return ladder[high], known[high]
 
 
-_WITHOUT_GRADIENTS = tuple(Setting(tightness=1.0, least_divisor=divisor) for divisor in (4, 16))
+_WITHOUT_GRADIENTS = (*CHUNKED, *FINER, Setting(tightness=1.0, least_divisor=16))
 
 
 def graph_peak(
@@ -189,8 +201,7 @@ def graph_peak(
     Args:
         as for `settle`.
     """
-    mode = detect_fake_mode(inputs)
-    assert mode is not None, "Dynamo traces with fake tensors"
+    mode = detect_fake_mode(inputs) or FakeTensorMode()
     copied = copy.deepcopy(graph.graph)  # compiling changes it
     with unrecorded(), tracing(TracingContext(mode)), mode:
         own = [_fresh(value) for value in inputs]
