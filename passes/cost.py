@@ -20,53 +20,75 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
 from passes.modes import Bodies
 from passes.rules.permuted import GROUPED
-from passes.source import packet_of
+from passes.source import hint, packet_of
 
 aten = torch.ops.aten
 
 
-def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Any:
+Shape = tuple[int, ...]
+
+
+def _attention(query: Shape, key: Shape, value: Shape) -> int:
     """Scores, and their product with the values."""
-    rows = math.prod(query.shape[:-1]) * key.shape[-2]
-    return 2 * rows * (query.shape[-1] + value.shape[-1])
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
-def _attention_backward(
-    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> Any:
+def _attention_backward(grad: Shape, query: Shape, key: Shape, value: Shape) -> int:
     """Scores again, and two products for each product of the forward."""
-    rows = math.prod(query.shape[:-1]) * key.shape[-2]
-    return 2 * rows * (3 * query.shape[-1] + 2 * value.shape[-1])
+    return 2 * math.prod(query[:-1]) * key[-2] * (3 * query[-1] + 2 * value[-1])
 
 
-def _grouped(a: torch.Tensor, b: torch.Tensor) -> Any:
+def _grouped(a: Shape, b: Shape) -> int:
     """Every row of `a` with one of `b`'s matrices, or every column with the rows of its group."""
-    return 2 * a.shape[-2] * a.shape[-1] * b.shape[-1]
+    return 2 * a[-2] * a[-1] * b[-1]
 
 
-_FORMULAS: dict[object, tuple[Callable[..., Any], int]] = {  # with the number of tensors it reads
+_FORMULAS: dict[object, tuple[Callable[..., int], int]] = {  # with the number of tensors it reads
     aten._scaled_dot_product_flash_attention_for_cpu: (_attention, 3),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: (_attention_backward, 4),
     **dict.fromkeys(GROUPED, (_grouped, 2)),
 }
 
 
+class _Unknown(Exception):
+    """A size that only run time knows."""
+
+
+def _known(value: Any) -> Any:
+    """A tensor's shape, or a size, by its hints: a number taken from a symbolic size itself would
+    be a guard, and fix the size."""
+    if isinstance(value, torch.Tensor):
+        return tuple(_known(size) for size in value.shape)
+    if not isinstance(value, torch.SymInt):
+        return value
+    found = hint(value)
+    if found is None:
+        raise _Unknown
+    return found
+
+
 def flops(node: Node) -> int:
     """Floating-point operations of an op at the sizes that it was traced with; 0 for an op without
-    products."""
-    if node.op != "call_function":
+    products, or of a size that only run time knows."""
+    packet = packet_of(node) if node.op == "call_function" else None
+    if packet not in _FORMULAS and packet not in flop_registry:
         return 0
-    packet = packet_of(node)
-    args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta.get("val"))
-    if packet in _FORMULAS:
-        formula, count = _FORMULAS[packet]
-        return int(formula(*args[:count]))
-    known: Any = flop_registry.get(packet)
-    return 0 if known is None else int(known(*args, **kwargs, out_val=node.meta["val"]))
+    values = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta.get("val"))
+    try:
+        args, kwargs = tree_map(_known, values)
+        if packet in _FORMULAS:
+            formula, count = _FORMULAS[packet]
+            return formula(*args[:count])
+        # the table's formulas take shapes as well as tensors
+        known: Any = flop_registry[packet]
+        return int(known(*args, **kwargs, out_val=tree_map(_known, node.meta["val"])))
+    except _Unknown:
+        return 0
 
 
 def extra_work(graph: Graph, loops: Iterable[Bodies]) -> float:

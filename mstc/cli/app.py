@@ -218,7 +218,7 @@ def _explained(subject: Subject, memory_budget: str | None) -> mstc.Report:
         return mstc.explain(subject.model, *args, options=options, **kwargs)
 
 
-def _traces(subject: Subject, memory_budget: str | None) -> dict[str, SimulatedTrace]:
+def _traces(subject: Subject, memory_budget: str | None = None) -> dict[str, SimulatedTrace]:
     budget = None if memory_budget is None else {"memory_budget": memory_budget}
     traces: dict[str, SimulatedTrace] = {}
     args, kwargs = subject.batch

@@ -51,3 +51,14 @@ def test_a_recomputed_layer() -> None:
     assert [loop.mode for loop in graph.loops] == ["recompute"]
     assert graph.extra_work == 1 / 6
     assert graph.floor <= graph.peak_after
+
+
+def test_sizes_that_are_left_open_stay_open() -> None:
+    """Counted by their hints, and no guard is made of them."""
+    graph = make_fx(lambda x: x @ x.t(), tracing_mode="symbolic")(torch.ones(6, 5)).graph
+    (product,) = graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
+    sizes = product.meta["val"].shape
+    assert isinstance(sizes[0], torch.SymInt)
+    guards = list(sizes[0].node.shape_env.guards)
+    assert flops(product) == 2 * 6 * 6 * 5
+    assert sizes[0].node.shape_env.guards == guards
