@@ -103,7 +103,7 @@ def best_way(device: torch.device, narrow: torch.dtype, wide: torch.dtype) -> Wa
             try:
                 operand = torch.ones(16, 16, dtype=narrow, device=device)
                 _WAYS[way](torch.zeros(16, 16, dtype=wide, device=device), operand, operand, wide)
-            except RuntimeError:  # NotImplementedError is one
+            except RuntimeError:  # this device has no such product
                 continue
             return way
     return "round" if device.type == "cpu" and _multiplies_in(narrow) else "cast"

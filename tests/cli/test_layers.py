@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from mstc.cli import layers
 from mstc.cli.app import run
@@ -67,7 +68,7 @@ def test_text_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def _subject(depth: int | None, period: int) -> Subject:
-    return Subject("", None, lambda tokens: ((), {}), 1, depth, period)  # type: ignore[arg-type]
+    return Subject("", nn.Module(), lambda tokens: ((), {}), 1, depth, period)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -11,8 +13,8 @@ import mstc
 from passes.cost import flops
 
 
-def _total(fn: object, *args: Tensor) -> int:
-    graph = make_fx(fn, tracing_mode="fake")(*args).graph  # type: ignore[arg-type]
+def _total(fn: Callable[..., Tensor], *args: Tensor) -> int:
+    graph = make_fx(fn, tracing_mode="fake")(*args).graph
     return sum(map(flops, graph.nodes))
 
 
