@@ -56,6 +56,14 @@ class Buffer:
     loop: int | None  # the loop that made it, an index into `SimulatedTrace.loops`
     is_result: bool  # whether it left that loop; otherwise it is a chunk's
 
+    @property
+    def intermediate_nbytes(self) -> int:
+        """Its bytes that are no gradient's."""
+        return self.nbytes - self.grad_nbytes
+
+    def is_alive(self, time: float) -> bool:
+        return self.born <= time and (self.dies is None or self.dies > time)
+
 
 class Change(NamedTuple):
     """A storage that is made, or that dies."""
@@ -80,7 +88,16 @@ class SimulatedTrace(MemoryTrace):
     loops: tuple[Span, ...]
     backward: float  # time at which the backward began
     buffers: tuple[Buffer, ...]  # by time of birth; those alive at a time sum up to the timeline's
-    peak_time: float  # of the intermediate peak
+
+    @functools.cached_property
+    def peak_time(self) -> float:
+        """When the intermediate peak is first reached."""
+        total, top, at = 0, 0, 0.0
+        for time, (nbytes, held) in self._timed:
+            total += held.nbytes if nbytes > 0 else -held.nbytes
+            if total > top:
+                top, at = total, time
+        return at
 
     @property
     def at_peak(self) -> tuple[Held, ...]:
@@ -90,26 +107,29 @@ class SimulatedTrace(MemoryTrace):
     @functools.cached_property
     def changes(self) -> tuple[Change, ...]:
         """In their order."""
+        return tuple(change for _, change in self._timed)
+
+    @functools.cached_property
+    def forward_changes(self) -> int:
+        """How many changes are before the backward."""
+        return sum(time < self.backward for time, _ in self._timed)
+
+    @functools.cached_property
+    def _timed(self) -> list[tuple[float, Change]]:
         found: list[tuple[float, Change]] = []
         for buffer in self.buffers:
             held = self._held(buffer)
             found.append((buffer.born, Change(buffer.nbytes, held)))
             if buffer.dies is not None:
                 found.append((buffer.dies, Change(-buffer.nbytes, held)))
-        return tuple(change for _, change in sorted(found, key=lambda one: one[0]))
-
-    @functools.cached_property
-    def forward_changes(self) -> int:
-        """How many changes are before the backward."""
-        ends = (b.dies for b in self.buffers if b.dies is not None)
-        return sum(time < self.backward for time in (*(b.born for b in self.buffers), *ends))
+        return sorted(found, key=lambda one: one[0])
 
     def _held(self, buffer: Buffer) -> Held:
         if buffer.loop is None:
-            return Held(_intermediate(buffer), buffer.made_by, buffer.source)
+            return Held(buffer.intermediate_nbytes, buffer.made_by, buffer.source)
         name = self.loops[buffer.loop].name or "a region"
         what = "the result of a loop over" if buffer.is_result else "a chunk of"
-        return Held(_intermediate(buffer), f"{what} {name}", "")
+        return Held(buffer.intermediate_nbytes, f"{what} {name}", "")
 
     def summit(self, start: int, end: int) -> Summit:
         """The most that is held after some of the changes."""
@@ -170,13 +190,11 @@ class Watch(TorchDispatchMode):
             number = self._really.get(number, number)
             found[number] = found.get(number, 0) + tensor.nbytes
         trace = trace_of(self._events, found)
-        buffers = self._buffers(found)
         return SimulatedTrace(
             **vars(trace),
             loops=tuple(self._loops),
             backward=self._time if self._backward is None else self._backward,
-            buffers=buffers,
-            peak_time=_peak_time(buffers, trace.peak_intermediate_nbytes),
+            buffers=self._buffers(found),
         )
 
     def _buffers(self, gradients: dict[int, int]) -> tuple[Buffer, ...]:
@@ -271,22 +289,6 @@ class Watch(TorchDispatchMode):
         del self._events[index]
         self._really[total] = addend
         return True
-
-
-def _intermediate(buffer: Buffer) -> int:
-    return buffer.nbytes - buffer.grad_nbytes
-
-
-def _peak_time(buffers: Sequence[Buffer], peak: int) -> float:
-    """When the intermediate peak is first reached."""
-    alive: list[Buffer] = []
-    for buffer in buffers:  # a peak is reached by something that is made
-        alive = [b for b in alive if b.dies is None or b.dies > buffer.born]
-        if _intermediate(buffer):
-            alive.append(buffer)
-        if sum(map(_intermediate, alive)) == peak:
-            return buffer.born
-    return 0.0
 
 
 def _key(tensor: Tensor) -> int:

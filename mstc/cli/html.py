@@ -21,7 +21,7 @@ from string import Template
 
 from mstc.cli.subject import DTYPES, Subject, SubjectError, Wanted
 from mstc.cli.text import size
-from mstc.cli.timeline import data_of, intermediate, stands, what
+from mstc.cli.timeline import data_of, what
 from mstc.report import LoopReport, Report
 from mstc.version import VERSION
 from mstc.watch import SimulatedTrace
@@ -133,8 +133,8 @@ def _at_peak(name: str, trace: SimulatedTrace) -> str:
     together: Counter[tuple[str, str]] = Counter()
     counts: Counter[tuple[str, str]] = Counter()
     for buffer in trace.buffers:
-        if stands(buffer, trace) and intermediate(buffer):
-            together[what(buffer, trace)] += intermediate(buffer)
+        if buffer.is_alive(trace.peak_time) and buffer.intermediate_nbytes:
+            together[what(buffer, trace)] += buffer.intermediate_nbytes
             counts[what(buffer, trace)] += 1
     rows: list[tuple[str, str]] = []
     largest = max(together.values(), default=1)

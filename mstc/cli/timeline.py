@@ -47,7 +47,9 @@ def _most_visible(trace: SimulatedTrace) -> Sequence[Buffer]:
     end = len(trace.timeline)
 
     def area(b: Buffer) -> tuple[bool, float]:
-        return stands(b, trace), b.nbytes * ((end if b.dies is None else b.dies) - b.born)
+        return b.is_alive(trace.peak_time), b.nbytes * (
+            (end if b.dies is None else b.dies) - b.born
+        )
 
     return sorted(trace.buffers, key=area, reverse=True)[:DRAWN]
 
@@ -59,17 +61,6 @@ def what(buffer: Buffer, trace: SimulatedTrace) -> tuple[str, str]:
     op, _, source = trace.loops[buffer.loop].name.partition(" at ")
     made = "result of the loop" if buffer.is_result else f"{buffer.made_by}, a chunk in the loop"
     return f"{made} of {op or 'a region'}", source
-
-
-def intermediate(buffer: Buffer) -> int:
-    """Its bytes that are no gradient's."""
-    return buffer.nbytes - buffer.grad_nbytes
-
-
-def stands(buffer: Buffer, trace: SimulatedTrace) -> bool:
-    """At the peak of intermediate memory."""
-    time = trace.peak_time
-    return buffer.born <= time and (buffer.dies is None or buffer.dies > time)
 
 
 def kind(buffer: Buffer, trace: SimulatedTrace) -> str:
@@ -87,6 +78,6 @@ def _by_kind(trace: SimulatedTrace) -> list[int]:
     """Bytes of each kind at the peak of intermediate memory, gradients too."""
     found: Counter[str] = Counter()
     for buffer in trace.buffers:
-        if stands(buffer, trace):
+        if buffer.is_alive(trace.peak_time):
             found[kind(buffer, trace)] += buffer.nbytes
     return [found[kind] for kind in KINDS]

@@ -124,7 +124,6 @@ class _Step:
             loops=(),
             backward=self.backward,
             buffers=tuple(self.buffers),
-            peak_time=0.0,
         )
 
 
