@@ -60,7 +60,12 @@ def page(results: dict[str, Any]) -> str:
         for name, one in records.items()
     ]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    checkpointed, weights = records[fit.WAYS[1].name], records[fit.WAYS[0].name]["state_nbytes"]
     return _PAGE.format(
+        mask=size(2 * checkpointed["seq_len"] ** 2),
+        longest=checkpointed["seq_len"],
+        weights=size(weights),
+        states=size(2 * weights),
         memory=_MEMORY,
         rows=fit.CHUNK_ROWS,
         table=table(header, lines),
@@ -79,14 +84,16 @@ by `python -m benchmarks.longest`, which asks what `mstc fit` asks. {where}.
 
 What is in it, and what is not:
 
-* *step*: the most that forward and backward hold at once, gradients (15 GiB at the end) included.
+* *step*: the most that forward and backward hold at once, gradients ({weights} at the end)
+  included.
 * *weights*: bfloat16. No optimizer state: with momentum or Adam a card of 80 GiB has room for less
-  (`mstc fit --optimizer adamw`: AdamW's two states in bfloat16 are 30 GiB), or they live elsewhere.
+  (`mstc fit --optimizer adamw`: AdamW's two states in bfloat16 are {states}), or they live
+  elsewhere.
 * No offloading, in any row: what is saved for the backward stays on the card.
 * Code as Inductor writes it for a CPU. There keys and values are repeated for every head and saved
   so; attention kernels of a GPU may take them as they are. transformers' causal mask of tokens x
-  tokens stands in the first two rows (6.6 GiB at 59,392 tokens); mst proves that it is causal and
-  drops it. A model that never makes one would reach a little further in these rows.
+  tokens stands in the first two rows ({mask} at {longest:,} tokens); mst proves that it is causal
+  and drops it. A model that never makes one would reach a little further in these rows.
 * Layers: few are simulated, the step is linear in them. No CUDA context, fragmentation or
   communication.
 * Seconds are of two ways at once on two cores that were busy with other work as well.

@@ -15,6 +15,7 @@ from benchmarks import (
     accuracy,
     coverage,
     coverage_table,
+    longest,
     measure,
     models,
     prediction,
@@ -284,6 +285,11 @@ def test_predictions_are_those_that_were_published():
     assert prediction.PAGE.read_text() == prediction.page(results, found)
     readme = prediction.README.read_text()
     assert readme == table.put(readme, "prediction", found.summary)
+
+
+def test_longest_sequences_are_those_that_were_published():
+    results = json.loads(longest.RESULTS.read_text())
+    assert longest.PAGE.read_text() == longest.page(results)
 
 
 def test_trade_offs_are_those_that_were_published():

@@ -15,19 +15,10 @@ from mstc.cli.app import run
 from mstc.cli.subject import Subject
 from mstc.runtime.memory import MemoryTrace
 from mstc.watch import Buffer, SimulatedTrace
+from tests.cli.test_fit import CONFIG as FIVE_LAYERS
 from tests.models import fresh_compiler  # noqa: F401  (an autouse fixture)
 
-CONFIG = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 64,
-    "intermediate_size": 256,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": 4096,
-    "max_position_embeddings": 1 << 20,
-}
+CONFIG = FIVE_LAYERS | {"vocab_size": 4096}
 
 
 def _config(tmp_path: Path, **changes: Any) -> str:

@@ -233,6 +233,22 @@ def test_a_step_that_cannot_be_simulated(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @NON_LEAF
+def test_the_search_draws_no_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout drops the same with a budget as without."""
+    monkeypatch.setattr(budget, "_kept", lambda key: None)
+    model = nn.Sequential(nn.Linear(32, 256), nn.Dropout(0.5), nn.Linear(256, 32))
+    compiled = torch.compile(
+        model, backend="mst", options=SMALL | {"memory_budget": "1GiB", "lowering": "eager"}
+    )
+    state = torch.get_rng_state()
+    compiled(torch.ones(64, 32)).sum().backward()  # searches, compiles and runs
+    after = torch.get_rng_state()
+    torch.set_rng_state(state)
+    compiled(torch.ones(64, 32)).sum().backward()  # runs
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+@NON_LEAF
 def test_without_gradients() -> None:
     model = Deep().eval()
     with torch.no_grad():
