@@ -4,9 +4,10 @@ A file is a header (what a figure depends on beside the code) and `records` by k
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from mstc.whole import whole_file
 
 
 def load(path: Path, header: dict[str, Any], force: bool = False) -> dict[str, Any]:
@@ -29,6 +30,5 @@ def load(path: Path, header: dict[str, Any], force: bool = False) -> dict[str, A
 def save(path: Path, results: dict[str, Any]) -> None:
     """Replace the file in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(results, indent=1) + "\n")

@@ -2,18 +2,19 @@
 
 Dynamo graph --open--> Dynamo graph that takes no deferred tensor
              --defer--> Dynamo graph without the logits
+             --detach--> Dynamo graph that makes no gradient for keys and values
              --AOTAutograd--> joint graph --ChunkPass--> joint graph with loops
              --partitioner, Inductor--> a callable, wrapped so that deferred outputs come back
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,10 +27,8 @@ from mstc.budget import settle
 from mstc.errors import FallbackWarning
 from mstc.inductor import (
     CustomGraphPass,
-    attribute_source,
     compile_outer,
     compile_outer_eager,
-    detect_fake_mode,
     get_hash_for_files,
     show_outer,
     wants_eager_random_numbers,
@@ -37,16 +36,13 @@ from mstc.inductor import (
 )
 from mstc.observe import Observer, dump
 from mstc.options import Options, Setting
-from mstc.report import Report, graph_report, subject_of
+from mstc.prepare import prepare
+from mstc.report import Report, fall_back, graph_report, subject_of
 from mstc.runtime import flops  # noqa: F401  (tells PyTorch how much loops do)
-from mstc.runtime.deferred import DeferredTensor, opening_of, plain_example, wrap_outputs
 from mstc.runtime.loop import Call, loop_op, prepare_bodies
 from mstc.saved import load_report, report_key, save_report
 from passes.copies import copy_node
-from passes.defer import DeferResult, defer_outputs
-from passes.grouped import replace_grouped
 from passes.liveness import tangent_nodes
-from passes.open import Opening, open_inputs
 from passes.plan import AT_PEAK, PlanOptions, matching
 from passes.records import FixedLoop, Plan
 
@@ -76,19 +72,6 @@ def _call(node: Node) -> Call | None:
     if not all(isinstance(s, int) for v in values for s in (*v.shape, *v.stride(), *sizes)):
         return None
     return Call(values, tuple(sizes), chunk, spec, lowering)
-
-
-def _fall_back(error: Exception, report: Report) -> None:
-    """Say that a pass failed; the graph stays as it is."""
-    log.debug("a pass failed", exc_info=error)
-    report.notes.append(f"a graph was left as it was: {type(error).__name__}: {error}")
-    warnings.warn(
-        f'backend="mst" left a graph as it was, because a pass failed '
-        f"({type(error).__name__}: {error}). "
-        "Training goes on as with Inductor. Please report this.",
-        FallbackWarning,
-        stacklevel=3,
-    )
 
 
 _NOT_OF_THIS_GRAPH = (
@@ -158,7 +141,7 @@ class ChunkPass(CustomGraphPass):
                 observe=Observer(),
             )
         except Exception as error:  # a mistake of ours must not cost the user the run
-            _fall_back(error, self.report)
+            fall_back(error, self.report)
             return
         if planned.chunked is not None:
             _replace_contents(graph, planned.chunked.graph)
@@ -175,84 +158,6 @@ class ChunkPass(CustomGraphPass):
         self.report.graphs.append(entry)
         dump("mst_report", self.report.to_json, encoding="json")
         log.info("%s", self.report)
-
-
-def _deferred(gm: GraphModule, options: Options, report: Report) -> DeferResult | None:
-    """Step one; None when no output leaves the graph."""
-    if not options.defer_outputs:
-        return None
-    try:
-        result = defer_outputs(gm, min_bytes=options.min_deferred_bytes)
-    except Exception as error:  # as above
-        _fall_back(error, report)
-        return None
-    report.refusals += result.refusals
-    for output in result.deferred:
-        shape = "x".join(map(str, output.shape))
-        report.deferred.append(
-            f"output {', '.join(map(str, output.indices))} "
-            f"({shape}, {output.nbytes / 2**20:.1f} MiB) at {output.source}"
-        )
-    if not result.deferred:
-        return None
-    return result
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """A Dynamo graph that takes no deferred tensor any more."""
-
-    graph: GraphModule
-    inputs: list[Any]  # example inputs
-    parts: frozenset[int]  # positions of inputs that are computed inside, from their parts
-    values: frozenset[int]  # positions of inputs that are passed as plain tensors
-
-    def arguments(self, args: Sequence[Any]) -> list[Any]:
-        """What the graph is to be called with."""
-        flat: list[Any] = []
-        for index, arg in enumerate(args):
-            if index in self.parts:
-                flat += arg.pass_on()
-            else:
-                flat.append(arg.materialize() if index in self.values else arg)
-        return flat
-
-
-def _open(gm: GraphModule, example_inputs: Sequence[Any], report: Report) -> _Opened:
-    """Have deferred inputs computed in the graph; one that it writes to is passed as values."""
-    openings: dict[int, Opening] = {}
-    inputs: list[Any] = []
-    plain: dict[int, torch.Tensor] = {}
-    returned = gm.graph.output_node().all_input_nodes
-    results = [n.meta.get("example_value") for n in returned]
-    for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-        example = node.meta.get("example_value")
-        opening = opening_of(example, attribute_source(node), results)
-        if opening is not None:
-            openings[index] = opening
-            inputs += opening.parts
-            report.notes.append(f"input {index} is a deferred output: it is computed in the graph")
-        elif isinstance(example, DeferredTensor) and example.has_parts:
-            mode = detect_fake_mode(example_inputs)
-            assert mode is not None, "Dynamo traces with fake tensors"
-            with mode:
-                plain[index] = plain_example(example)
-            inputs.append(plain[index])
-            report.notes.append(
-                f"input {index} is a deferred output, but the graph writes to it or returns a view "
-                "of it: it is computed before. Pass a copy (logits.clone()), or return no view"
-            )
-        else:
-            if isinstance(example, DeferredTensor):
-                report.notes.append(
-                    f"input {index} was a deferred output, but it has been looked at, written to "
-                    "or hooked onto: its values are there already. Call the function before that"
-                )
-            inputs.append(example_inputs[index])
-    if not openings and not plain:
-        return _Opened(gm, list(example_inputs), frozenset(), frozenset())
-    graph = open_inputs(gm, openings, plain)
-    return _Opened(graph, inputs, frozenset(openings), frozenset(plain))
 
 
 class RecordCompiler:
@@ -275,51 +180,15 @@ class RecordCompiler:
         report.notes.append("what eager code does to a deferred output, recorded")
         return _compile(graph, inputs, self.options, report)
 
-
-@dataclass(frozen=True)
-class _Prepared:
-    """What AOTAutograd gets of a Dynamo graph, and the way back from it."""
-
-    opened: _Opened
-    result: DeferResult | None  # None when no output leaves the graph
-    compile_record: RecordCompiler
-
-    @property
-    def graph(self) -> GraphModule:
-        return self.opened.graph if self.result is None else self.result.graph_module
-
-    @property
-    def inputs(self) -> list[Any]:
-        return self.opened.inputs
-
-    def wrap(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
-        """A callable with the Dynamo graph's inputs and outputs."""
-        opened, result = self.opened, self.result
-        if not opened.parts and not opened.values and result is None:
-            return compiled
-
-        def call(*args: Any) -> Any:
-            args = tuple(opened.arguments(args))
-            outputs = compiled(*args)
-            if result is None:
-                return outputs
-            return wrap_outputs(
-                result.deferred,
-                outputs,
-                args,
-                num_outputs=result.num_outputs,
-                compile_record=self.compile_record,
-            )
-
-        return call
-
-
-def _prepare(
-    gm: GraphModule, example_inputs: Sequence[Any], options: Options, report: Report
-) -> _Prepared:
-    replace_grouped(gm)
-    opened = _open(gm, example_inputs, report)
-    return _Prepared(opened, _deferred(opened.graph, options, report), RecordCompiler(options))
+    def with_all_gradients(
+        self, graph: GraphModule, inputs: Sequence[Any]
+    ) -> Callable[..., Sequence[Any]]:
+        """As above, for a graph whose detached outputs somebody differentiates through."""
+        report = Report()
+        history.add(report)
+        report.notes.append("compiled again: somebody differentiates through all of its outputs")
+        own = copy.deepcopy(graph.graph)  # compiling changes it
+        return _compile(GraphModule(graph, own), inputs, self.options, report, graph)
 
 
 def analyze_graph(
@@ -331,7 +200,7 @@ def analyze_graph(
         the report, and a callable that runs the graph op by op, deferred outputs and all.
     """
     report = Report()
-    prepared = _prepare(gm, example_inputs, options, report)
+    prepared = prepare(gm, example_inputs, options, report, RecordCompiler(options))
     options = _settled(prepared.graph, prepared.inputs, options, report, prepared.opened.graph)
     show_outer(prepared.graph, prepared.inputs, ChunkPass(options, report))
     return report, prepared.wrap(prepared.graph.forward)
@@ -366,7 +235,7 @@ def compile_graph(
     report = Report()
     if options.lowering != "emit":  # a simulation is nobody's latest compilation
         history.add(report)
-    prepared = _prepare(gm, example_inputs, options, report)
+    prepared = prepare(gm, example_inputs, options, report, RecordCompiler(options))
     compiled = _compile(prepared.graph, prepared.inputs, options, report, prepared.opened.graph)
     return prepared.wrap(compiled)
 

@@ -17,7 +17,8 @@ class BudgetWarning(UserWarning):
 
 
 class DeferredOutputError(RuntimeError):
-    """A deferred output was read after what it is made from had changed in place."""
+    """A deferred output was read, or a gradient asked for that would be made by a second run, after
+    what it is made from had changed in place."""
 
 
 class SimulationError(RuntimeError):

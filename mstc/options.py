@@ -80,10 +80,11 @@ class Options:
 
     defer_outputs: bool = True
     """Take outputs that only a curious caller reads (logits beside the loss) out of the graph; they
-    are computed when somebody looks."""
+    are computed when somebody looks. Make no gradients for outputs that hardly anybody
+    differentiates through (keys and values beside the loss) until somebody does."""
 
     min_deferred_bytes: int = 2**20
-    """Bytes of the smallest output that is deferred."""
+    """Bytes of the smallest output that is deferred, or returned without a gradient."""
 
     memory_budget: int | float | None = None
     """The most that a step of a graph may take above weights, optimizer state and batch, gradients

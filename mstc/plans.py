@@ -9,7 +9,6 @@ of the loop axis, so a plan serves other lengths, too.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, get_args
 
 from mstc.errors import OptionError
 from mstc.version import VERSION
+from mstc.whole import whole_file
 from passes.records import FixedLoop, Mode
 
 _FIELDS = set(FixedLoop.__dataclass_fields__)
@@ -30,9 +30,8 @@ def write_plan(loops: Iterable[FixedLoop], path: str | Path) -> None:
     """
     path = Path(path)
     entry = {"mstc": VERSION, "loops": [asdict(loop) for loop in loops]}
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(entry, indent=1) + "\n")
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(entry, indent=1) + "\n")
 
 
 def read_plan(path: str | Path) -> tuple[FixedLoop, ...]:

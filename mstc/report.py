@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,9 +18,12 @@ from typing import Any, cast
 
 from torch.fx import Node
 
+from mstc.errors import FallbackWarning
 from mstc.plans import write_plan
 from passes.records import FixedLoop, Mode, Plan, Refusal, Rewrite
 from passes.source import op_name, source_of
+
+log = logging.getLogger(__name__)
 
 _TABLE_ROWS = 12
 
@@ -179,6 +184,19 @@ def subject_of(node: Node) -> str:
     """The op, and the user's line that it comes from."""
     source = source_of(node)
     return f"{op_name(node)} at {source}" if source else op_name(node)
+
+
+def fall_back(error: Exception, report: Report) -> None:
+    """Say that a pass failed; the graph stays as it is."""
+    log.debug("a pass failed", exc_info=error)
+    report.notes.append(f"a graph was left as it was: {type(error).__name__}: {error}")
+    warnings.warn(
+        f'backend="mst" left a graph as it was, because a pass failed '
+        f"({type(error).__name__}: {error}). "
+        "Training goes on as with Inductor. Please report this.",
+        FallbackWarning,
+        stacklevel=3,
+    )
 
 
 def _mib(nbytes: int) -> str:

@@ -12,8 +12,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -21,6 +19,7 @@ from torch.fx import GraphModule
 
 from mstc.inductor import cache_folder
 from mstc.report import Report
+from mstc.whole import whole_file
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +53,8 @@ def save_entry(kind: str, key: str, text: str) -> None:
         return
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        Path(name).replace(path)  # readers see all of it or nothing
+        with whole_file(path) as partial:
+            partial.write_text(text)
 
 
 def load_entry(kind: str, key: str) -> str | None:

@@ -20,7 +20,9 @@
     verify    the new graph says what the old one said                            `passes.verify`
 
 Before these, on the graph as Dynamo made it: `passes.defer` takes outputs out that the caller
-probably drops. Everything here is a pure function of its arguments; nothing here imports `mstc`.
+probably drops, `passes.detach` makes no gradients for those that nobody differentiates through
+(`passes.dynamo` reads such graphs). Everything here is a pure function of its arguments; nothing
+here imports `mstc`.
 """
 
 from __future__ import annotations

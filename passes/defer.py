@@ -49,15 +49,27 @@ import networkx as nx
 import sympy
 import torch
 from torch import fx
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.amp.autocast_mode import _exit_autocast  # pyright: ignore[reportPrivateUsage]
-from torch.fx.node import map_aggregate, map_arg
 
+from passes.dynamo import (
+    has_bare_symbols,
+    is_floating,
+    is_loss,
+    is_plain,
+    label_of,
+    loss_sources,
+    share_memory,
+    storage_nbytes,
+    storage_of,
+    tensor_of,
+    value_of,
+    with_outputs,
+    written_storages,
+)
 from passes.records import Refusal
 from passes.source import hint, op_name, source_of
 
-__all__ = ["DeferResult", "DeferredOutput", "Source", "copy_extras", "defer_outputs"]
+__all__ = ["DeferResult", "DeferredOutput", "Source", "defer_outputs"]
 
 FRONTIER_SHARE = 4
 """A frontier's intermediates may have at most one part in this many of the output's bytes."""
@@ -140,7 +152,7 @@ def defer_outputs(
     facts = _Facts(gm)
     closures: dict[fx.Node, _Closure] = {}
     refusals: list[Refusal] = []
-    has_loss = any(map(_is_loss, outputs))
+    has_loss = any(map(is_loss, outputs))
     share = FRONTIER_SHARE if has_loss else FAR_SHARE
     for node in _candidates(outputs, min_bytes):
         found = facts.why_kept(node, outputs) or _find_closure(node, facts, max_nodes, share)
@@ -148,7 +160,7 @@ def defer_outputs(
             continue  # an output like any other
         if isinstance(found, str):
             subject = f"output {outputs.index(node)} ({node.name})"
-            refusals.append(Refusal(subject, found, source_of(node), _nbytes(node) or 0))
+            refusals.append(Refusal(subject, found, source_of(node), storage_nbytes(node) or 0))
         else:
             closures[node] = found
     if not closures:
@@ -161,7 +173,7 @@ def defer_outputs(
     for node, closure in closures.items():
         indices = tuple(i for i, out in enumerate(outputs) if out is node)
         deferred.append(_record(indices, closure, facts, new_outputs))
-    graph_module = _with_outputs(gm, new_outputs)
+    graph_module = with_outputs(gm, new_outputs)
     return DeferResult(graph_module, len(outputs), tuple(deferred), tuple(refusals))
 
 
@@ -172,27 +184,22 @@ def _candidates(outputs: Sequence[Any], min_bytes: int) -> list[fx.Node]:
     """Output nodes, each once and in order, that are large and that a loss is computed from (or may
     be, elsewhere)."""
     nodes = dict.fromkeys(n for n in outputs if isinstance(n, fx.Node))
-    tensors = [n for n in nodes if _is_floating(n)]
-    losses = list(filter(_is_loss, tensors))
+    tensors = [n for n in nodes if is_floating(n)]
+    losses = list(filter(is_loss, tensors))
     if not losses:
         own = [n for n in tensors if n.op != "placeholder"]
-        wanted = [n for n in own if _tensor(n).requires_grad]
+        wanted = [n for n in own if tensor_of(n).requires_grad]
         if not wanted:  # gradients are off: a reference model's logits, say
             wanted = [n for n in own if _has_many_rows(n)]
-        return [n for n in wanted if (_nbytes(n) or 0) >= min_bytes]
-    above: set[fx.Node] = set()
-    stack = [source for n in losses for source in n.all_input_nodes]
-    while stack:
-        if (node := stack.pop()) not in above:
-            above.add(node)
-            stack.extend(node.all_input_nodes)
-    sizes = {n: _nbytes(n) for n in tensors if n in above}
+        return [n for n in wanted if (storage_nbytes(n) or 0) >= min_bytes]
+    above = loss_sources(losses)
+    sizes = {n: storage_nbytes(n) for n in tensors if n in above}
     return [n for n, nbytes in sizes.items() if nbytes is None or nbytes >= min_bytes]
 
 
 def _has_many_rows(node: fx.Node) -> bool:
     """Not the few that are read one after the other while text is generated."""
-    sizes = [hint(s) for s in _tensor(node).shape]
+    sizes = [hint(s) for s in tensor_of(node).shape]
     if len(sizes) < 2 or any(s is None for s in sizes):
         return False
     return math.prod(s for s in sizes[:-1] if s is not None) >= MANY_ROWS
@@ -207,7 +214,7 @@ class _Facts:
     def __init__(self, gm: fx.GraphModule):
         self.order = {node: i for i, node in enumerate(gm.graph.nodes)}
         self.inputs = [node for node in self.order if node.op == "placeholder"]
-        self.written = _written_storages(gm)
+        self.written = written_storages(gm)
         self.autocast: dict[fx.Node, tuple[fx.Node, ...]] = {}  # in-graph regions, outermost first
         self.grad_off: set[fx.Node] = set()
         self.transformed: set[fx.Node] = set()  # under vmap, grad, ..., or in inference mode
@@ -238,7 +245,7 @@ class _Facts:
     def _read_sizes(self) -> None:
         told: list[tuple[Any, int, int | None]] = []
         for i, node in enumerate(self.inputs):
-            value = _value(node)
+            value = value_of(node)
             if isinstance(value, torch.SymInt):
                 self.numbers.setdefault(_expr(value), node)
                 told.insert(0, (value, i, None))  # an int is easier to read than a shape
@@ -250,21 +257,21 @@ class _Facts:
 
     def why_kept(self, node: fx.Node, outputs: Sequence[Any]) -> str | None:
         """A reason to keep an output that needs no look at what makes it."""
-        if not _is_plain(node):
-            return f"it is a {type(_value(node)).__name__}, not a plain tensor"
+        if not is_plain(node):
+            return f"it is a {type(value_of(node)).__name__}, not a plain tensor"
         if node.op == "placeholder":
             return "it is an input of the graph"
         for other in (*self.inputs, *outputs):
-            if isinstance(other, fx.Node) and other is not node and _share_memory(node, other):
-                return f"it shares memory with {_label(other)}, an input or output of the graph"
-        if unknown := _free_symbols(_extents(_tensor(node))) - self.symbols.keys():
+            if isinstance(other, fx.Node) and other is not node and share_memory(node, other):
+                return f"it shares memory with {label_of(other)}, an input or output of the graph"
+        if unknown := _free_symbols(_extents(tensor_of(node))) - self.symbols.keys():
             return f"its size depends on data ({', '.join(sorted(map(str, unknown)))})"
         return None
 
     def why_not_repeated(self, node: fx.Node, output: fx.Node) -> str | None:
         """Why a closure that makes `output` cannot repeat `node`, or read it if it is an input."""
         if self._is_written(node):
-            return f"{_label(node)} is changed in place in the graph"
+            return f"{label_of(node)} is changed in place in the graph"
         if node.op == "placeholder":
             return None
         if not _is_repeatable(node):
@@ -273,21 +280,21 @@ class _Facts:
             return f"{name} cannot be repeated later"
         if node in self.transformed:
             return f"{node.name} is computed under torch.func or in inference mode"
-        if node in self.grad_off and _tensor(output).requires_grad:
+        if node in self.grad_off and tensor_of(output).requires_grad:
             return f"{node.name} is computed with gradients off"
         return None
 
     def cost(self, node: fx.Node) -> int | None:
         """What `node` costs as an output, only to compare; None when it cannot be one."""
-        nbytes = _nbytes(node) if node.op.startswith("call_") and _is_plain(node) else None
+        nbytes = storage_nbytes(node) if node.op.startswith("call_") and is_plain(node) else None
         if nbytes is None or self._is_written(node) or node in self.transformed:
             return None
         # A view keeps the same bytes alive as the tensor behind it: then rather that tensor.
-        return 2 * nbytes + any(_share_memory(node, source) for source in node.all_input_nodes)
+        return 2 * nbytes + any(share_memory(node, source) for source in node.all_input_nodes)
 
     def stand_in(self, node: fx.Node) -> int | fx.Node | None:
         """A number, or an input that has it, to use in place of a node that computes a size."""
-        value = _value(node)
+        value = value_of(node)
         if isinstance(value, int) and not isinstance(value, bool):
             return value
         if isinstance(value, torch.SymInt):
@@ -304,44 +311,7 @@ class _Facts:
         return needed
 
     def _is_written(self, node: fx.Node) -> bool:
-        return isinstance(_value(node), torch.Tensor) and _storage(node) in self.written
-
-
-def _written_storages(gm: fx.GraphModule) -> set[int]:
-    """Storages that the graph writes to; most writes show in a fake tensor's version."""
-    written: set[int] = set()
-    for node in gm.graph.nodes:
-        value = _value(node)
-        if isinstance(value, torch.Tensor) and (value.is_inference() or value._version > 0):
-            written.add(_storage(node))
-        if _writes_unseen(gm, node):
-            tensors = (n for n in node.all_input_nodes if isinstance(_value(n), torch.Tensor))
-            written.update(map(_storage, tensors))
-    return written
-
-
-def _writes_unseen(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether `node` may write to its arguments without a trace in their versions."""
-    if isinstance(node.target, HigherOrderOperator):
-        names = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
-        bodies = [operator.attrgetter(name)(gm) for name in names]
-        return "mutation" in op_name(node) or any(map(_writes_inputs, bodies))
-    overloads: list[Any] = []
-    if isinstance(node.target, OpOverload):
-        overloads = [node.target]
-    elif isinstance(node.target, OpOverloadPacket):
-        overloads = [getattr(node.target, name) for name in node.target.overloads()]
-    if any(overload._schema.is_mutable for overload in overloads):
-        return True
-    return op_name(node) in ("batch_norm", "instance_norm")  # their running statistics
-
-
-def _writes_inputs(body: Any) -> bool:
-    if not isinstance(body, fx.GraphModule):
-        return False
-    written = _written_storages(body)
-    inputs = body.graph.find_nodes(op="placeholder")
-    return any(isinstance(_value(n), torch.Tensor) and _storage(n) in written for n in inputs)
+        return isinstance(value_of(node), torch.Tensor) and storage_of(node) in self.written
 
 
 # --- step 3: the closure and its frontier ---------------------------------------------------------
@@ -392,7 +362,7 @@ def _find_closure(output: fx.Node, facts: _Facts, max_nodes: int, share: int) ->
             return next(w for n, w in obstacles.items() if n is output or facts.cost(n) is None)
         cut = {n for n in found if (n, "make") in rest and (n, "made") not in rest}
     closure = _closure_above(output, cut, facts)
-    size, kept = _nbytes(output) or 0, _frontier_nbytes(closure)
+    size, kept = storage_nbytes(output) or 0, _frontier_nbytes(closure)
     if kept * share > size:
         names = ", ".join(node.name for node in closure.frontier)
         why = [obstacles[n] for n in closure.frontier if n in obstacles]
@@ -418,7 +388,7 @@ def _closure_above(output: fx.Node, cut: set[fx.Node], facts: _Facts) -> _Closur
 
 
 def _frontier_nbytes(closure: _Closure) -> int:
-    return sum({_storage(node): _nbytes(node) or 0 for node in closure.frontier}.values())
+    return sum({storage_of(node): storage_nbytes(node) or 0 for node in closure.frontier}.values())
 
 
 _REPEATABLE = frozenset(
@@ -436,35 +406,28 @@ _REPEATABLE = frozenset(
 
 def _is_repeatable(node: fx.Node) -> bool:
     """Whether `node` is one of the operations that a closure may repeat, used as one."""
-    value, source = _value(node), node.args[0] if node.args else None
+    value, source = value_of(node), node.args[0] if node.args else None
     if not isinstance(source, fx.Node):
         source = next(iter(node.all_input_nodes), node)
     is_number = isinstance(value, int | float | torch.SymInt | torch.SymFloat | torch.Size)
-    if not (is_number or _is_plain(node)) or node.kwargs.get("out") is not None:
+    if not (is_number or is_plain(node)) or node.kwargs.get("out") is not None:
         return False
-    if _has_bare_symbols(node):
+    if has_bare_symbols(node):
         return False
     name = op_name(node)
     if node.target is operator.getitem:
-        return isinstance(_value(source), torch.Tensor | torch.Size)
+        return isinstance(value_of(source), torch.Tensor | torch.Size)
     if node.op == "call_method" and name == "item":  # how Dynamo passes a float of the module
-        return source.op == "placeholder" and _tensor(source).device.type == "cpu"
+        return source.op == "placeholder" and tensor_of(source).device.type == "cpu"
     if node.target is getattr:
         return node.args[1] in ("T", "mT")
-    if name in ("to", "type_as") and _tensor(source).device != _tensor(node).device:
+    if name in ("to", "type_as") and tensor_of(source).device != tensor_of(node).device:
         return False
     if node.op == "call_function":
         namespaces = (operator, torch, torch.nn.functional)
         known = any(getattr(space, name, None) is node.target for space in namespaces)
         return known and name in _REPEATABLE
     return node.op == "call_method" and name in _REPEATABLE
-
-
-def _has_bare_symbols(node: fx.Node) -> bool:
-    """Whether a symbolic number is written into the arguments, where no node passes it."""
-    found: list[Any] = []
-    map_aggregate((node.args, node.kwargs), found.append)
-    return any(isinstance(arg, torch.SymInt | torch.SymFloat) for arg in found)
 
 
 # --- steps 4 and 5: new graphs --------------------------------------------------------------------
@@ -474,9 +437,9 @@ def _record(
     indices: tuple[int, ...], closure: _Closure, facts: _Facts, new_outputs: list[Any]
 ) -> DeferredOutput:
     output = closure.nodes[-1]
-    tensor, ndim = _tensor(output), _tensor(output).dim()
-    inputs = [Source("input", facts.inputs.index(n), _label(n)) for n in closure.inputs]
-    kept = [Source("output", new_outputs.index(n), _label(n)) for n in closure.frontier]
+    tensor, ndim = tensor_of(output), tensor_of(output).dim()
+    inputs = [Source("input", facts.inputs.index(n), label_of(n)) for n in closure.inputs]
+    kept = [Source("output", new_outputs.index(n), label_of(n)) for n in closure.frontier]
     extents = _extents(tensor)
     symbols = sorted(_free_symbols(extents), key=str)
     return DeferredOutput(
@@ -490,7 +453,7 @@ def _record(
         dtype=tensor.dtype,
         device=tensor.device,
         requires_grad=tensor.requires_grad,
-        nbytes=_nbytes(output) or 0,
+        nbytes=storage_nbytes(output) or 0,
         frontier_nbytes=_frontier_nbytes(closure),
         source=source_of(output),
     )
@@ -522,69 +485,7 @@ def _closure_module(closure: _Closure, facts: _Facts) -> fx.GraphModule:
     return fx.GraphModule(torch.nn.Module(), graph, class_name="Closure")
 
 
-def _with_outputs(gm: fx.GraphModule, outputs: list[Any]) -> fx.GraphModule:
-    """A copy of `gm` that returns `outputs`."""
-    graph = fx.Graph()
-    new: dict[fx.Node, fx.Node] = {}
-    for node in gm.graph.nodes:
-        if node.op == "output":
-            new[node] = graph.output(map_arg(tuple(outputs), new.__getitem__))
-            new[node].meta = dict(node.meta)
-        else:
-            new[node] = graph.node_copy(node, new.__getitem__)
-        copy_extras(node, new[node])
-    graph.lint()
-    copy = fx.GraphModule(gm, graph)
-    copy.meta = dict(gm.meta)
-    copy_extras(gm, copy)
-    return copy
-
-
-def copy_extras(old: object, new: object) -> None:
-    """What Dynamo leaves on graph modules and nodes for AOTAutograd, such as `_dynamo_source`."""
-    for key, value in vars(old).items():
-        vars(new).setdefault(key, value)
-
-
 # --- reading nodes --------------------------------------------------------------------------------
-
-
-def _value(node: fx.Node) -> Any:
-    return node.meta.get("example_value")
-
-
-def _tensor(node: fx.Node) -> torch.Tensor:
-    value = _value(node)
-    assert isinstance(value, torch.Tensor), f"{node} is not a tensor"
-    return value
-
-
-def _is_floating(node: fx.Node) -> bool:
-    return isinstance(_value(node), torch.Tensor) and _tensor(node).is_floating_point()
-
-
-def _is_loss(value: object) -> bool:
-    return isinstance(value, fx.Node) and _is_floating(value) and _tensor(value).dim() == 0
-
-
-def _is_plain(node: fx.Node) -> bool:
-    return type(_value(node)) is FakeTensor and _tensor(node).layout is torch.strided
-
-
-def _storage(node: fx.Node) -> int:
-    """An identity of the memory behind a tensor; a view has its base's."""
-    tensor = _tensor(node)
-    storage: Any = tensor.untyped_storage() if tensor.layout is torch.strided else None
-    return id(tensor) if storage is None else storage._cdata
-
-
-def _share_memory(node: fx.Node, other: fx.Node) -> bool:
-    return isinstance(_value(other), torch.Tensor) and _storage(node) == _storage(other)
-
-
-def _nbytes(node: fx.Node) -> int | None:
-    """Bytes of the whole storage that a tensor keeps alive; None when a size has no hint."""
-    return hint(_tensor(node).untyped_storage().nbytes())
 
 
 def _extents(tensor: torch.Tensor) -> tuple[Extent, ...]:
@@ -608,12 +509,3 @@ def _evaluate(
 ) -> tuple[int, ...]:
     known: dict[Any, Any] = dict(zip(symbols, values, strict=True))
     return tuple(int(sympy.sympify(extent).subs(known)) for extent in extents)
-
-
-def _label(node: fx.Node) -> str:
-    """A node for people: where an input comes from, or the variable it was assigned to."""
-    grapharg = node.meta.get("grapharg")
-    if grapharg is None:
-        return node.name
-    name = grapharg.source.name
-    return str(name() if callable(name) else name)  # a method up to torch 2.11

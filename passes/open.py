@@ -29,7 +29,7 @@ from torch.amp.autocast_mode import (
 )
 from torch.fx.node import map_arg
 
-from passes.defer import copy_extras
+from passes.dynamo import copy_extras
 
 __all__ = ["Opening", "open_inputs"]
 

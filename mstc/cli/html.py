@@ -25,6 +25,7 @@ from mstc.cli.timeline import data_of, what
 from mstc.report import LoopReport, Report
 from mstc.version import VERSION
 from mstc.watch import SimulatedTrace
+from mstc.whole import whole_file
 
 _SCRIPTS = ("layout.js", "draw.js", "tell.js", "actions.js")  # in one scope, in this order
 _ROWS = 8  # of the table of what stands at the peak
@@ -51,12 +52,10 @@ def write(path: Path, text: str) -> None:
     Raises:
         SubjectError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise SubjectError(f"{path} cannot be written: {error.strerror}.") from error
 
 

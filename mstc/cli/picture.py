@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from mstc.cli.subject import SubjectError
 from mstc.quantity import format_bytes as size
 from mstc.watch import SimulatedTrace
+from mstc.whole import whole_file
 
 _COLORS = {"inductor": "#8a8f98", "mst": "#2b6cb0", "eager": "#c05621"}
 _SHADES = ("#38a169", "#d69e2e", "#9f7aea", "#ed64a6", "#00a3c4", "#dd6b20")
@@ -65,12 +66,10 @@ def draw(traces: Mapping[str, SimulatedTrace], title: str, paths: Sequence[Path]
     handles, _ = axes.get_legend_handles_labels()
     figure.legend(handles=handles, loc="outside lower left", frameon=False, fontsize=8)
     for path in paths:
-        partial = path.with_name(f".{path.stem}.partial{path.suffix}")
         try:
-            figure.savefig(partial, dpi=150)
-            partial.replace(path)
+            with whole_file(path) as partial:
+                figure.savefig(partial, dpi=150)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise SubjectError(f"{path} cannot be written: {error.strerror}.") from error
 
 
