@@ -159,19 +159,20 @@ def test_a_pass_that_fails(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert has_loops([mstc.last_report()])
 
 
-def test_deferring_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mistake in the step before AOTAutograd costs no run either."""
-    from mstc import driver
+@pytest.mark.parametrize("step", ["defer_outputs", "detach_outputs"])
+def test_a_step_before_that_fails(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake in the steps before AOTAutograd costs no run either."""
+    from mstc import prepare
 
     def fail(*args: Any, **kwargs: Any) -> None:
-        raise ZeroDivisionError("a mistake in defer")
+        raise ZeroDivisionError("a mistake before")
 
-    monkeypatch.setattr(driver, "defer_outputs", fail)
+    monkeypatch.setattr(prepare, step, fail)
     model, batch = TinyLM(), lm_batch(2, 37)
     eager = train(model, model, batch)
-    with pytest.warns(FallbackWarning, match="a mistake in defer"):
+    with pytest.warns(FallbackWarning, match="a mistake before"):
         assert_same(train(model, compile_mst(model), batch), eager)
-    assert any("a mistake in defer" in note for note in mstc.last_report().notes)
+    assert any("a mistake before" in note for note in mstc.last_report().notes)
     assert has_loops([mstc.last_report()])
 
 
