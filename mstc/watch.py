@@ -1,7 +1,8 @@
 """Hears of every storage that is made and that dies while fake tensors are computed with.
 
 All chunks of a loop but the last are alike: the first two (the first makes the sums, the others
-add to them) and the last stand for all.
+add to them) and the last stand for all. So do they among the blocks of rows that a product is added
+in (`mstc.runtime.product`; from the second on, a block is made while the one before it is there).
 """
 
 from __future__ import annotations
@@ -300,5 +301,5 @@ def _accumulates() -> bool:
     return torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
 
 
-def _first_and_last(chunks: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    return chunks if len(chunks) < 4 else [*chunks[:2], chunks[-1]]
+def _first_and_last(parts: list[Any]) -> list[Any]:
+    return parts if len(parts) < 4 else [*parts[:2], parts[-1]]

@@ -37,7 +37,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from passes.axes import as_size
+from passes.axes import Size, as_size
 from passes.copies import copy_graph
 from passes.records import Rewrite
 from passes.rules import shape
@@ -307,20 +307,22 @@ class _Prover:
         return _where(kept, self.operand(node, 0), _constant_of(node, 0))
 
     def joined(self, node: Node) -> _Value | None:
-        """``cat``: one linear form that all the pieces agree with, where they are."""
+        """``cat``: one linear form that all the pieces agree with, where they are. The size of the
+        last may be open."""
         parts = node.args[0]
         assert isinstance(parts, (list, tuple))
         dim = dim_of(node, node.meta["val"].dim())
-        pieces: list[tuple[int, int, _Linear]] = []
-        start = 0
+        pieces: list[tuple[int, Size, _Linear]] = []
+        start: Size = 0
         for part in parts:
             assert isinstance(part, Node)
             value, size = self.value(part), as_size(part.meta["val"].shape[dim])
-            if not isinstance(value, _Linear) or not isinstance(size, int):
+            if not isinstance(value, _Linear) or not isinstance(start, int):
                 return None
             pieces.append((start, size, value))
-            start += size
-        first, _, form = max(pieces, key=lambda piece: piece[1])
+            start = start + size
+        # one that is longer than one position says what the others have to agree with
+        first, _, form = next((p for p in reversed(pieces) if p[1] != 1), pieces[-1])
         whole = _shifted(form, dim, -first)
         assert isinstance(whole, _Linear)
         for start, size, value in pieces:

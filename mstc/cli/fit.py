@@ -8,6 +8,10 @@ Algorithm
     1. A configuration of many equal layers is simulated with few of them (`mstc.cli.layers`).
     2. The step is compiled once per depth with the sequence length left open, and simulated at
        lengths that close in on the longest that fits.
+    3. Under mst, loops are those of a plan: a planner that sees few layers, or open sizes, may
+       decide otherwise than for the step that is asked for. First the plan for few layers is
+       tried; then that for all layers at the length found, until a length has the plan that it was
+       found with.
 
 Tests hold this against a simulation of all layers, with the length found instead of an open one:
 they are equal.
@@ -26,8 +30,10 @@ import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -36,18 +42,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from mstc.cli.layers import depths, extrapolate, step_of_all
-from mstc.cli.subject import SubjectError, Wanted, load_subject
+from mstc.cli.layers import depths, extrapolate, options_of, step_of_all
+from mstc.cli.subject import Subject, SubjectError, Wanted, load_subject
 from mstc.driver import MIN_ROWS
+from mstc.explain import explain
 from mstc.simulate import Backend, Simulation, loss_of
 from mstc.watch import SimulatedTrace
+from passes.records import FixedLoop
 
 CHUNK_ROWS = MIN_ROWS["cuda"]  # of every loop: the fewest at which a GPU is busy
 OPTIMIZERS = {"none": 0, "sgd": 0, "momentum": 1, "adamw": 2}  # states per weight
-_FIRST = 4096  # tokens at which the step is compiled
-_GRAIN = 1024  # tokens, to which an answer is rounded down
+_FIRST = 16384  # tokens at which the step is compiled; from 4,097 on Inductor's code is the same
+GRAIN = 1024  # tokens, to which an answer is rounded down
 _MOST = 1 << 26  # tokens; nobody asks for more
-_CLOSE = 0.005  # of the length, at which the search ends
 
 
 @dataclass(frozen=True)
@@ -76,9 +83,9 @@ class Fit:
     """An answer."""
 
     way: Way
-    seq_len: int | None  # tokens per sequence; None: not even `_GRAIN` fit
-    state_nbytes: int  # weights and optimizer state
+    seq_len: int | None  # tokens per sequence; None: not even `GRAIN` fit
     step_nbytes: int  # peak of the step at `seq_len`, gradients included; 0 if not even state fits
+    state_nbytes: int  # weights and optimizer state
 
 
 def fit(model: str, memory: int, wanted: Wanted, way: Way, optimizer: str = "adamw") -> Fit:
@@ -99,8 +106,62 @@ def fit(model: str, memory: int, wanted: Wanted, way: Way, optimizer: str = "ada
     weights = sum(p.nbytes for p in whole.model.parameters())
     state = weights * (1 + OPTIMIZERS[optimizer])
     if memory <= state:
-        return Fit(way, None, state, 0)
-    few = depths(whole)
+        return Fit(way, None, 0, state)
+    search = partial(_search, model, wanted, way, memory - state, whole)
+    if way.backend != "mst":
+        return Fit(way, *search(None), state)
+    with TemporaryDirectory() as folder:
+        plan_of = partial(_planned, Path(folder) / "plan.json", way)
+        few = depths(whole)
+        first = load_subject(model, replace(wanted, num_layers=few[1])) if few else whole
+        found = _consistent(search, partial(plan_of, whole), plan_of(first, _FIRST))
+    return Fit(way, *found, state)
+
+
+Found = tuple[int | None, int]  # the longest sequence, and the peak of its step
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the planner decided; equal ones serve any length alike."""
+
+    loops: frozenset[FixedLoop] | None  # None: the graph is left untouched
+    options: dict[str, Any] = field(compare=False)  # under which that is done again
+
+
+def _planned(path: Path, way: Way, subject: Subject, seq_len: int) -> _Plan:
+    """The plan for one length; its file is written to `path`."""
+    args, kwargs = subject.batch_of(seq_len)
+    with _disable_current_modes():
+        report = explain(subject.model, *args, options=way.options, **kwargs)
+    options = options_of(report, path)
+    loops = frozenset(replace(loop, axis_length=1) for loop in report.fixed_loops())
+    return _Plan(loops if "plan" in options else None, options)
+
+
+def _consistent(
+    search: Callable[[dict[str, Any]], Found], plan_of: Callable[[int], _Plan], plan: _Plan
+) -> Found:
+    """The longest sequence under the plan that is made for it; `plan` is tried first."""
+    found: dict[_Plan, Found] = {}
+    while plan not in found:
+        found[plan] = search(plan.options)
+        plan = plan_of(found[plan][0] or GRAIN)
+    # more than one: each is what the next one's plan is made for, the shortest fits under any
+    around = list(found.values())[list(found).index(plan) :]
+    return min(around, key=lambda one: one[0] or 0)
+
+
+def _search(
+    model: str,
+    wanted: Wanted,
+    way: Way,
+    room: int,
+    whole: Subject,
+    options: dict[str, Any] | None,
+) -> Found:
+    """The longest sequence whose step has room, compiled with `options`."""
+    few, depth = depths(whole), whole.num_layers
     with ExitStack() as stack:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         known: dict[int | None, _Simulated] = {}
@@ -108,27 +169,27 @@ def fit(model: str, memory: int, wanted: Wanted, way: Way, optimizer: str = "ada
         def simulated(num_layers: int | None) -> _Simulated:
             if num_layers not in known:
                 with _disable_current_modes():  # a deeper one may be made when others are entered
-                    one = _Simulated(model, replace(wanted, num_layers=num_layers), way, mode)
+                    shortened = replace(wanted, num_layers=num_layers)
+                    one = _Simulated(model, shortened, way.backend, options, mode)
                 known[num_layers] = stack.enter_context(one)
             return known[num_layers]
 
         def trace(num_layers: int | None, seq_len: int) -> SimulatedTrace:
             return simulated(num_layers).trace(seq_len)
 
-        if few is None or whole.num_layers is None:
-            longest = _longest(lambda n: trace(None, n).peak_nbytes, memory - state)
-            return Fit(way, longest, state, trace(None, longest or _GRAIN).peak_nbytes)
-        depth = whole.num_layers
+        if few is None or depth is None:
+            longest = _longest(lambda n: trace(None, n).peak_nbytes, room)
+            return longest, trace(None, longest or GRAIN).peak_nbytes
 
         def step(seq_len: int, pair: tuple[int, int]) -> int:
             return extrapolate([trace(n, seq_len) for n in pair], pair, depth).peak_nbytes
 
         while True:
-            longest = _longest(partial(step, pair=few), memory - state)
-            seq_len = longest or _GRAIN
+            longest = _longest(partial(step, pair=few), room)
+            seq_len = longest or GRAIN
             found = step_of_all(partial(trace, seq_len=seq_len), few, depth)
             if longest is None or found.simulated in (None, few):
-                return Fit(way, longest, state, found.peak_nbytes)
+                return longest, found.peak_nbytes
             few = found.simulated  # too shallow at that length
 
 
@@ -155,34 +216,41 @@ def fit_all(model: str, memory: int, wanted: Wanted, optimizer: str = "adamw") -
 
 
 def _longest(step: Callable[[int], int], room: int) -> int | None:
-    """The longest length, a multiple of `_GRAIN`, whose step has room."""
-    if step(_GRAIN) > room:
-        return None
-    low, low_bytes = _GRAIN, step(_GRAIN)
+    """The longest length, a multiple of `GRAIN`, whose step has room; a `GRAIN` more has none."""
+    low, low_bytes = 0, 0
     high = _FIRST
     while (high_bytes := step(high)) <= room:
         low, low_bytes = high, high_bytes
         if low >= _MOST:
             return low
         high *= 4
-    while high - low > max(_GRAIN, _CLOSE * low):
-        # nearly linear in between: where the line meets the room, a little inside
-        share = (room - low_bytes) / max(high_bytes - low_bytes, 1)
-        guess = low + (high - low) * min(max(share, 0.02), 0.98)
-        middle = min(max(_GRAIN * round(guess / _GRAIN), low + _GRAIN), high - _GRAIN)
+    halve = False
+    while (width := high - low) > GRAIN:
+        # nearly linear in between: where the line meets the room; half the way if that gains little
+        share = 0.5 if halve else (room - low_bytes) / max(high_bytes - low_bytes, 1)
+        guess = GRAIN * int((low + width * min(max(share, 0), 1)) / GRAIN)
+        middle = min(max(guess, low + GRAIN), high - GRAIN)
         found = step(middle)
         if found <= room:
             low, low_bytes = middle, found
         else:
             high, high_bytes = middle, found
-    return low
+        halve = not halve and high - low > width / 2
+    return low or None
 
 
 class _Simulated:
     """One depth of a model, compiled once for any length; a context manager."""
 
-    def __init__(self, model: str, wanted: Wanted, way: Way, mode: FakeTensorMode) -> None:
-        self._subject, self._way = load_subject(model, wanted), way
+    def __init__(
+        self,
+        model: str,
+        wanted: Wanted,
+        backend: Backend,
+        options: dict[str, Any] | None,
+        mode: FakeTensorMode,
+    ) -> None:
+        self._subject, self._backend, self._options = load_subject(model, wanted), backend, options
         self._open = _open_dims(*map(self._subject.batch_of, (_FIRST, 2 * _FIRST)))
         if not any(self._open):
             raise SubjectError(
@@ -195,7 +263,7 @@ class _Simulated:
         with ExitStack() as stack:
             stack.enter_context(self._simulation)
             self._compiled = self._simulation.compile(
-                self._subject.model, self._way.backend, self._way.options, dynamic=None
+                self._subject.model, self._backend, self._options, dynamic=None
             )
             self.trace(_FIRST)
             stack.pop_all()  # `__exit__` leaves it

@@ -126,15 +126,16 @@ class Program:
         sizes: Sequence[int],
         chunk: int,
         *,
-        only: Callable[[list[tuple[int, int]]], list[tuple[int, int]]] = list,
+        only: Callable[[list[Any]], list[Any]] = list,
     ) -> list[torch.Tensor]:
-        """The outputs; `only` chooses among the chunks, for simulation."""
+        """The outputs; `only` chooses among the chunks, and among the blocks of a product, for
+        simulation."""
         device = _device(inputs)
         buffers: list[torch.Tensor | None] = [
             o.empty(sizes, device) if o.kind == "split" else None for o in self.outputs
         ]
         for start, size in only(list(chunks_of(sizes[0], chunk))):
-            self._step(inputs, sizes, start, size, buffers)
+            self._step(inputs, sizes, start, size, buffers, only)
         return [
             b if b is not None else o.empty(sizes, device).zero_()
             for b, o in zip(buffers, self.outputs, strict=True)
@@ -147,6 +148,7 @@ class Program:
         start: int,
         size: int,
         buffers: list[torch.Tensor | None],
+        only: Callable[[list[Any]], list[Any]],
     ) -> None:
         tensors = self.slices(inputs, sizes, start, size)
         own = (size, *sizes[1:])
@@ -161,7 +163,9 @@ class Program:
                     output.slicing.split(value, sizes, size)
                 )
             elif output.kind == "matmul":
-                buffers[index] = add_product(buffers[index], value, next(values), output.dtype)
+                buffers[index] = add_product(
+                    buffers[index], value, next(values), output.dtype, only=only
+                )
             else:
                 buffers[index] = _add(buffers[index], value, output)
 

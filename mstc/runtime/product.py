@@ -26,7 +26,7 @@ for a moment, the float32 products of other threads would be less exact.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -36,9 +36,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 _BLOCK_BYTES = 2**20  # of what is made beside the buffer: stays in the cache of a core
 
 Way = Literal["accumulate", "multiply", "round", "cast"]
+Only = Callable[[list[slice]], list[slice]]
 
 
-def add_product(buffer: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+def add_product(
+    buffer: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype, *, only: Only = list
+) -> Tensor:
     """Add a matrix product to `buffer`, in place.
 
     Args:
@@ -46,49 +49,59 @@ def add_product(buffer: Tensor | None, left: Tensor, right: Tensor, dtype: torch
         left: ``[m, k]``.
         right: ``[k, n]``, of the dtype and device of `left`.
         dtype: in which to multiply, add and keep.
+        only: chooses among the blocks of rows, for simulation.
 
     Returns:
         the buffer.
     """
     if left.dtype == dtype:
         return torch.mm(left, right) if buffer is None else buffer.addmm_(left, right)
-    return _WAYS[best_way(left.device, left.dtype, dtype)](buffer, left, right, dtype)
+    way = best_way(left.device, left.dtype, dtype)
+    return _WAYS[way](buffer, left, right, dtype, only)
 
 
-def _accumulate(buffer: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+def _accumulate(
+    buffer: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype, only: Only
+) -> Tensor:
     if buffer is None:
         return torch.mm(left, right, out_dtype=dtype)
     return torch.ops.aten.addmm.dtype_out(buffer, left, right, dtype, out=buffer)
 
 
-def _multiply(buffer: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+def _multiply(
+    buffer: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype, only: Only
+) -> Tensor:
     product = torch.mm(left, right, out_dtype=dtype)
     return product if buffer is None else buffer.add_(product)
 
 
-def _round(buffer: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+def _round(
+    buffer: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype, only: Only
+) -> Tensor:
     keep = buffer is not None
     if buffer is None:
         buffer = right.new_empty(left.shape[0], right.shape[1], dtype=dtype)
-    for rows in _blocks(left.shape[0], right.shape[1] * right.itemsize):
+    for rows in only(_blocks(left.shape[0], right.shape[1] * right.itemsize)):
         product = torch.mm(left[rows], right)
         _ = buffer[rows].add_(product) if keep else buffer[rows].copy_(product)
     return buffer
 
 
-def _cast(buffer: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+def _cast(
+    buffer: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype, only: Only
+) -> Tensor:
     right = right.to(dtype)
     keep = 0 if buffer is None else 1
     if buffer is None:
         buffer = right.new_empty(left.shape[0], right.shape[1])
-    for rows in _blocks(left.shape[0], left.shape[1] * dtype.itemsize):
+    for rows in only(_blocks(left.shape[0], left.shape[1] * dtype.itemsize)):
         buffer[rows].addmm_(left[rows].to(dtype), right, beta=keep)
     return buffer
 
 
-def _blocks(rows: int, row_nbytes: int) -> Iterator[slice]:
+def _blocks(rows: int, row_nbytes: int) -> list[slice]:
     step = max(_BLOCK_BYTES // max(row_nbytes, 1), 1)
-    return (slice(start, start + step) for start in range(0, rows, step))
+    return [slice(start, start + step) for start in range(0, rows, step)]
 
 
 _WAYS = {"accumulate": _accumulate, "multiply": _multiply, "round": _round, "cast": _cast}
@@ -102,7 +115,8 @@ def best_way(device: torch.device, narrow: torch.dtype, wide: torch.dtype) -> Wa
         for way in ways:
             try:
                 operand = torch.ones(16, 16, dtype=narrow, device=device)
-                _WAYS[way](torch.zeros(16, 16, dtype=wide, device=device), operand, operand, wide)
+                buffer = torch.zeros(16, 16, dtype=wide, device=device)
+                _WAYS[way](buffer, operand, operand, wide, list)
             except RuntimeError:  # this device has no such product
                 continue
             return way

@@ -14,6 +14,7 @@ from mstc.cli import fit, layers
 from mstc.cli.app import run
 from mstc.cli.subject import Wanted, load_subject
 from mstc.simulate import simulate_step
+from passes.records import FixedLoop
 from tests.models import fresh_compiler  # noqa: F401  (an autouse fixture)
 
 CONFIG = {
@@ -44,7 +45,7 @@ def config(tmp_path: Path) -> str:
 )
 @settings(max_examples=300, deadline=None)
 def test_search(base: int, per_token: int, per_square: int, room: int) -> None:
-    """What it finds fits, and little more does; in few steps."""
+    """What it finds fits, and no more does; in few steps."""
     asked: set[int] = set()
 
     def step(tokens: int) -> int:
@@ -53,16 +54,42 @@ def test_search(base: int, per_token: int, per_square: int, room: int) -> None:
 
     found = fit._longest(step, room)
     if found is None:
-        assert step(fit._GRAIN) > room
+        assert step(fit.GRAIN) > room
         return
     assert step(found) <= room
-    assert found % fit._GRAIN == 0
-    further = found + 2 * max(fit._GRAIN, int(fit._CLOSE * found))
-    assert found >= fit._MOST or step(further) > room
+    assert found % fit.GRAIN == 0
     assert len(asked) < 40
+    assert found >= fit._MOST or step(found + fit.GRAIN) > room
 
 
-@pytest.mark.parametrize("way", fit.WAYS[1:3], ids=lambda way: way.name)
+def _plan(chunk: int) -> fit._Plan:
+    loop = FixedLoop("aten.mm", "model.py:1", "recompute", 1, chunk)
+    return fit._Plan(frozenset({loop}), {"chunk": chunk})
+
+
+@pytest.mark.parametrize(
+    ("plans", "longest", "found"),
+    [
+        ({2048: 1}, {1: 2048}, 2048),
+        ({4096: 2, 6144: 2}, {1: 4096, 2: 6144}, 6144),
+        ({4096: 2, 6144: 3, 2048: 2}, {1: 4096, 2: 6144, 3: 2048}, 2048),
+        ({1024: 1}, {1: None}, None),
+    ],
+    ids=["at once", "another plan", "none agrees", "nothing fits"],
+)
+def test_a_length_and_its_plan(
+    plans: dict[int, int], longest: dict[int, int | None], found: int | None
+) -> None:
+    """The plan that is made for a length is the one that the length was found with."""
+    chosen = fit._consistent(
+        lambda options: (longest[options["chunk"]], 0),
+        lambda seq_len: _plan(plans[seq_len]),
+        _plan(1),
+    )
+    assert chosen[0] == found
+
+
+@pytest.mark.parametrize("way", fit.WAYS[1:], ids=lambda way: way.name)
 def test_few_layers_stand_for_all(config: str, way: fit.Way) -> None:
     """Five layers, of which two and three were simulated; the length that fits does fit."""
     wanted = Wanted(1, dtype="bf16")
@@ -81,7 +108,7 @@ def test_few_layers_stand_for_all(config: str, way: fit.Way) -> None:
     # no tolerance: the sizes that are open in one and fixed in the other make no difference, and
     # the step is linear in the layers if it is compared where the same layer is at work
     assert found.step_nbytes == whole.peak_nbytes
-    grain = fit._GRAIN / found.seq_len
+    grain = fit.GRAIN / found.seq_len
     assert (1 - 2 * grain) * memory < found.step_nbytes + found.state_nbytes <= memory
 
 

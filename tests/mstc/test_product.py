@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mstc import watch
 from mstc.runtime import product
-from mstc.runtime.product import Way, add_product, best_way
+from mstc.runtime.product import Only, Way, add_product, best_way
+from mstc.watch import SimulatedTrace, Watch
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LOW = [torch.bfloat16, torch.float16]
@@ -47,6 +50,30 @@ def test_operands_are_widened_in_blocks(
     monkeypatch.setattr(product, "best_way", lambda *_: "cast")
     monkeypatch.setattr(product, "_BLOCK_BYTES", block)
     _is_exact("cpu", dtype)
+
+
+def _simulated(only: Only) -> SimulatedTrace:
+    """Two products of 41 rows, the second added to the first."""
+    with FakeTensorMode():
+        left, right = (torch.empty(*s, dtype=torch.bfloat16) for s in ((41, 16), (16, 24)))
+        heard = Watch([left, right])
+        with heard:
+            buffer = add_product(None, left, right, torch.float32, only=only)
+            add_product(buffer, left, right, torch.float32, only=only)
+        return heard.summary([])
+
+
+@pytest.mark.parametrize("block", [1, 100, 400, 2**20])
+@pytest.mark.parametrize("way", ["round", "cast"])
+def test_three_blocks_hold_what_all_hold(
+    way: Way, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a simulation runs no more."""
+    monkeypatch.setattr(product, "best_way", lambda *_: way)
+    monkeypatch.setattr(product, "_BLOCK_BYTES", block)
+    some, every = _simulated(watch._first_and_last), _simulated(list)
+    assert some.peak_nbytes == every.peak_nbytes
+    assert len(some.changes) < len(every.changes) or block == 2**20
 
 
 @pytest.mark.parametrize("block", [1, 100, 2**20])

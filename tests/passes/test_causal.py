@@ -232,6 +232,21 @@ def test_proven(mask: Callable[[Tensor], Tensor]) -> None:
     torch.testing.assert_close(before, after)
 
 
+@pytest.mark.parametrize(("before", "proven"), [(-1, True), (-2, False)])
+def test_one_document_of_any_length(before: int, proven: bool) -> None:
+    """As `one_document`, with the length left open; what is put in front has to go on in it."""
+
+    def mask(x: Tensor) -> Tensor:
+        at = torch.arange(x.shape[2])[None]
+        own = (torch.cat([at[:, :1] + before, at], -1).diff(dim=-1) != 1).cumsum(-1)
+        same = own[:, :, None] == own[:, None, :]
+        return same[:, None] & (at <= torch.arange(x.shape[2])[:, None])
+
+    graph = trace(attention(mask), *operands(), symbolic=True)
+    _, rewrites = drop_causal_masks(graph, min_bytes=1)
+    assert len(rewrites) == proven
+
+
 @pytest.mark.parametrize("mask", NOT_PROVEN, ids=lambda m: m.__name__)
 def test_not_proven(mask: Callable[[Tensor], Tensor]) -> None:
     graph = trace(attention(mask), *operands())
