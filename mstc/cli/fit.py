@@ -5,16 +5,14 @@ Terms
     step      what `mstc.simulate` finds: gradients, saved values, and what stands at the peak.
 
 Algorithm
-    1. A configuration of many equal layers is simulated with few of them (`mstc.cli.layers`).
-    2. The step is compiled once per depth with the sequence length left open, and simulated at
-       lengths that close in on the longest that fits.
-    3. Under mst, loops are those of a plan: a planner that sees few layers, or open sizes, may
-       decide otherwise than for the step that is asked for. First the plan for few layers is
-       tried; then that for all layers at the length found, until a length has the plan that it was
-       found with.
-
-Tests hold this against a simulation of all layers, with the length found instead of an open one:
-they are equal.
+    1. The step of a length is simulated with that length, not with an open one: a planner, and
+       Inductor, may decide otherwise where they do not know it. Of a configuration of many equal
+       layers few are simulated (`mstc.cli.layers`), which tests hold to be exact.
+    2. Steps are nearly linear in the length. Lengths are tried where the line through the nearest
+       known ones meets the room, until one fits and the next one does not: three to six of them.
+    3. Under mst, loops are those of a plan: a planner that sees few layers may decide otherwise
+       than for all of them. First the plan for few layers is tried; then that for all layers at
+       the length found, until a length has the plan that it was found with.
 
 What it assumes: code as Inductor writes it for a CPU (kernels on a GPU fuse much alike; its
 attention kernels keep statistics a little larger); nothing for the CUDA context, for fragmentation,
@@ -29,30 +27,26 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from mstc.cli.layers import depths, extrapolate, options_of, step_of_all
+from mstc.cli.layers import depths, options_of, step_of_all
 from mstc.cli.subject import Subject, SubjectError, Wanted, load_subject
 from mstc.driver import MIN_ROWS
 from mstc.explain import explain
-from mstc.simulate import Backend, Simulation, loss_of
+from mstc.simulate import Backend, simulate_step
 from mstc.watch import SimulatedTrace
 from passes.records import FixedLoop
 
 CHUNK_ROWS = MIN_ROWS["cuda"]  # of every loop: the fewest at which a GPU is busy
 OPTIMIZERS = {"none": 0, "sgd": 0, "momentum": 1, "adamw": 2}  # states per weight
-_FIRST = 16384  # tokens at which the step is compiled; from 4,097 on Inductor's code is the same
+_FIRST = 16384  # tokens that are tried first
 GRAIN = 1024  # tokens, to which an answer is rounded down
 _MOST = 1 << 26  # tokens; nobody asks for more
 
@@ -103,94 +97,109 @@ def fit(model: str, memory: int, wanted: Wanted, way: Way, optimizer: str = "ada
     """
     wanted = replace(wanted, seq_len=_FIRST, checkpoint=way.checkpoint)
     whole = load_subject(model, wanted)
+    if not _depends_on_length(whole):
+        raise SubjectError(
+            f"{model}: the batch does not depend on seq_len; let the function take it."
+        )
     weights = sum(p.nbytes for p in whole.model.parameters())
     state = weights * (1 + OPTIMIZERS[optimizer])
-    if memory <= state:
+    room = memory - state
+    if room <= 0:
         return Fit(way, None, 0, state)
-    search = partial(_search, model, wanted, way, memory - state, whole)
+    steps = _Steps(model, wanted, way, whole)
     if way.backend != "mst":
-        return Fit(way, *search(None), state)
+        longest = _longest(steps.peak, room, weights)
+        return Fit(way, longest, steps.peak(longest or GRAIN), state)
     with TemporaryDirectory() as folder:
-        plan_of = partial(_planned, Path(folder) / "plan.json", way)
+        planner = _Planner(Path(folder), way, whole)
         few = depths(whole)
         first = load_subject(model, replace(wanted, num_layers=few[1])) if few else whole
-        found = _consistent(search, partial(plan_of, whole), plan_of(first, _FIRST))
-    return Fit(way, *found, state)
-
-
-Found = tuple[int | None, int]  # the longest sequence, and the peak of its step
+        longest = _consistent(
+            lambda plan: _longest(partial(steps.peak, plan=plan), room, weights),
+            planner.plan_of,
+            planner.made_for(first, _FIRST),
+        )
+        # a chunk divides its length: the plan of this very length may have others
+        peak = steps.peak(longest or GRAIN, planner.plan_of(longest or GRAIN))
+        while longest and peak > room:
+            longest -= GRAIN
+            peak = steps.peak(longest or GRAIN, planner.plan_of(longest or GRAIN))
+    return Fit(way, longest or None, peak, state)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What the planner decided; equal ones serve any length alike."""
+    """What the planner decided."""
 
-    loops: frozenset[FixedLoop] | None  # None: the graph is left untouched
+    loops: frozenset[FixedLoop] | None  # of any length and chunk; None: the graph is untouched
     options: dict[str, Any] = field(compare=False)  # under which that is done again
 
 
-def _planned(path: Path, way: Way, subject: Subject, seq_len: int) -> _Plan:
-    """The plan for one length; its file is written to `path`."""
-    args, kwargs = subject.batch_of(seq_len)
-    with _disable_current_modes():
-        report = explain(subject.model, *args, options=way.options, **kwargs)
-    options = options_of(report, path)
-    loops = frozenset(replace(loop, axis_length=1) for loop in report.fixed_loops())
-    return _Plan(loops if "plan" in options else None, options)
+class _Planner:
+    """Plans for all layers of a model."""
+
+    def __init__(self, folder: Path, way: Way, whole: Subject) -> None:
+        self._folder, self._way, self._whole = folder, way, whole
+        self._known: dict[int, _Plan] = {}
+
+    def plan_of(self, seq_len: int) -> _Plan:
+        if seq_len not in self._known:
+            self._known[seq_len] = self.made_for(self._whole, seq_len)
+        return self._known[seq_len]
+
+    def made_for(self, subject: Subject, seq_len: int) -> _Plan:
+        args, kwargs = subject.batch_of(seq_len)
+        report = explain(subject.model, *args, options=self._way.options, **kwargs)
+        options = options_of(report, self._folder / f"{subject.num_layers}-{seq_len}.json")
+        loops = (replace(loop, axis_length=1, chunk=1) for loop in report.fixed_loops())
+        return _Plan(frozenset(loops) if "plan" in options else None, options)
 
 
 def _consistent(
-    search: Callable[[dict[str, Any]], Found], plan_of: Callable[[int], _Plan], plan: _Plan
-) -> Found:
+    longest: Callable[[_Plan], int | None], plan_of: Callable[[int], _Plan], plan: _Plan
+) -> int | None:
     """The longest sequence under the plan that is made for it; `plan` is tried first."""
-    found: dict[_Plan, Found] = {}
+    found: dict[_Plan, int | None] = {}
     while plan not in found:
-        found[plan] = search(plan.options)
-        plan = plan_of(found[plan][0] or GRAIN)
+        found[plan] = longest(plan)
+        plan = plan_of(found[plan] or GRAIN)
     # more than one: each is what the next one's plan is made for, the shortest fits under any
     around = list(found.values())[list(found).index(plan) :]
-    return min(around, key=lambda one: one[0] or 0)
+    return min(around, key=lambda one: one or 0)
 
 
-def _search(
-    model: str,
-    wanted: Wanted,
-    way: Way,
-    room: int,
-    whole: Subject,
-    options: dict[str, Any] | None,
-) -> Found:
-    """The longest sequence whose step has room, compiled with `options`."""
-    few, depth = depths(whole), whole.num_layers
-    with ExitStack() as stack:
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        known: dict[int | None, _Simulated] = {}
+class _Steps:
+    """Peaks of steps in one way of training."""
 
-        def simulated(num_layers: int | None) -> _Simulated:
-            if num_layers not in known:
-                with _disable_current_modes():  # a deeper one may be made when others are entered
-                    shortened = replace(wanted, num_layers=num_layers)
-                    one = _Simulated(model, shortened, way.backend, options, mode)
-                known[num_layers] = stack.enter_context(one)
-            return known[num_layers]
+    def __init__(self, model: str, wanted: Wanted, way: Way, whole: Subject) -> None:
+        self._model, self._wanted, self._way = model, wanted, way
+        self._few, self._depth = depths(whole), whole.num_layers
+        self._known: dict[tuple[int, str], int] = {}
 
-        def trace(num_layers: int | None, seq_len: int) -> SimulatedTrace:
-            return simulated(num_layers).trace(seq_len)
+    def peak(self, seq_len: int, plan: _Plan | None = None) -> int:
+        """Bytes, gradients included.
 
-        if few is None or depth is None:
-            longest = _longest(lambda n: trace(None, n).peak_nbytes, room)
-            return longest, trace(None, longest or GRAIN).peak_nbytes
+        Args:
+            seq_len: tokens per sequence.
+            plan: to be replayed.
+        """
+        options = plan.options if plan else self._way.options
+        key = seq_len, str(options)
+        if key not in self._known:
+            trace = partial(self._trace, seq_len=seq_len, options=options)
+            if self._few is None or self._depth is None:
+                self._known[key] = trace(None).peak_nbytes
+            else:
+                self._known[key] = step_of_all(trace, self._few, self._depth).peak_nbytes
+        return self._known[key]
 
-        def step(seq_len: int, pair: tuple[int, int]) -> int:
-            return extrapolate([trace(n, seq_len) for n in pair], pair, depth).peak_nbytes
-
-        while True:
-            longest = _longest(partial(step, pair=few), room)
-            seq_len = longest or GRAIN
-            found = step_of_all(partial(trace, seq_len=seq_len), few, depth)
-            if longest is None or found.simulated in (None, few):
-                return longest, found.peak_nbytes
-            few = found.simulated  # too shallow at that length
+    def _trace(
+        self, num_layers: int | None, seq_len: int, options: dict[str, Any] | None
+    ) -> SimulatedTrace:
+        wanted = replace(self._wanted, num_layers=num_layers, seq_len=seq_len)
+        one = load_subject(self._model, wanted)
+        args, kwargs = one.batch
+        return simulate_step(one.model, *args, backend=self._way.backend, options=options, **kwargs)
 
 
 def fit_all(model: str, memory: int, wanted: Wanted, optimizer: str = "adamw") -> list[Fit]:
@@ -215,21 +224,31 @@ def fit_all(model: str, memory: int, wanted: Wanted, optimizer: str = "adamw") -
     return sorted(found, key=lambda one: WAYS.index(one.way))
 
 
-def _longest(step: Callable[[int], int], room: int) -> int | None:
-    """The longest length, a multiple of `GRAIN`, whose step has room; a `GRAIN` more has none."""
-    low, low_bytes = 0, 0
-    high = _FIRST
-    while (high_bytes := step(high)) <= room:
+def _longest(step: Callable[[int], int], room: int, least: int) -> int | None:
+    """The longest length, a multiple of `GRAIN`, whose step has room; a `GRAIN` more has none.
+
+    Args:
+        step: bytes of the step of a length; it may be asked for the same one again.
+        room: bytes.
+        least: of a step without tokens, about: where the line through one length begins.
+    """
+    low, low_bytes = 0, least
+    slope = 0.0  # bytes per token, of the line that is followed as long as lengths fit
+    high, high_bytes = _FIRST, step(_FIRST)
+    while high_bytes <= room:
+        if high >= _MOST:
+            return high
+        slope = (high_bytes - low_bytes) / (high - low)
         low, low_bytes = high, high_bytes
-        if low >= _MOST:
-            return low
-        high *= 4
+        further = int((room - low_bytes) / slope) if slope > 0 else _MOST
+        high = _grains(min(low + further, 8 * low, _MOST), low + GRAIN, _MOST)
+        high_bytes = step(high)
     halve = False
     while (width := high - low) > GRAIN:
         # nearly linear in between: where the line meets the room; half the way if that gains little
         share = 0.5 if halve else (room - low_bytes) / max(high_bytes - low_bytes, 1)
-        guess = GRAIN * int((low + width * min(max(share, 0), 1)) / GRAIN)
-        middle = min(max(guess, low + GRAIN), high - GRAIN)
+        guess = low + int(width * min(max(share, 0), 1))
+        middle = _grains(guess, low + GRAIN, high - GRAIN)
         found = step(middle)
         if found <= room:
             low, low_bytes = middle, found
@@ -239,63 +258,14 @@ def _longest(step: Callable[[int], int], room: int) -> int | None:
     return low or None
 
 
-class _Simulated:
-    """One depth of a model, compiled once for any length; a context manager."""
+def _grains(length: int, least: int, most: int) -> int:
+    return min(max(GRAIN * (length // GRAIN), least), most)
 
-    def __init__(
-        self,
-        model: str,
-        wanted: Wanted,
-        backend: Backend,
-        options: dict[str, Any] | None,
-        mode: FakeTensorMode,
-    ) -> None:
-        self._subject, self._backend, self._options = load_subject(model, wanted), backend, options
-        self._open = _open_dims(*map(self._subject.batch_of, (_FIRST, 2 * _FIRST)))
-        if not any(self._open):
-            raise SubjectError(
-                f"{model}: the batch does not depend on seq_len; let the function take it."
-            )
-        self._simulation = Simulation(self._subject.model, (), mode)
-        self._known: dict[int, SimulatedTrace] = {}
 
-    def __enter__(self) -> _Simulated:
-        with ExitStack() as stack:
-            stack.enter_context(self._simulation)
-            self._compiled = self._simulation.compile(
-                self._subject.model, self._backend, self._options, dynamic=None
-            )
-            self.trace(_FIRST)
-            stack.pop_all()  # `__exit__` leaves it
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._simulation.__exit__(*error)
-
-    def trace(self, seq_len: int) -> SimulatedTrace:
-        if seq_len not in self._known:
-            args, kwargs = self._batch(seq_len)
-            self._known[seq_len] = self._simulation.trace(
-                lambda: loss_of(self._compiled(*args, **kwargs)).backward()
-            )
-        return self._known[seq_len]
-
-    def _batch(self, seq_len: int) -> Any:
-        batch = self._simulation.fake(lambda: self._subject.batch_of(seq_len))
-        for tensor, dims in zip(_tensors(batch), self._open, strict=True):
-            for dim in dims:
-                torch._dynamo.mark_dynamic(tensor, dim)
-        return batch
+def _depends_on_length(subject: Subject) -> bool:
+    one, other = ([t.shape for t in _tensors(subject.batch_of(n))] for n in (GRAIN, 2 * GRAIN))
+    return one != other
 
 
 def _tensors(batch: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-
-
-def _open_dims(one: Any, other: Any) -> list[list[int]]:
-    """Per tensor of a batch, the dims that depend on the length."""
-    shapes = [[t.shape for t in _tensors(batch)] for batch in (one, other)]
-    return [
-        [dim for dim, (a, b) in enumerate(zip(x, y, strict=True)) if a != b]
-        for x, y in zip(*shapes, strict=True)
-    ]

@@ -42,9 +42,10 @@ def config(tmp_path: Path) -> str:
     per_token=st.integers(1, 10**6),
     per_square=st.integers(0, 10),
     room=st.integers(0, 10**13),
+    least=st.integers(0, 10**9),
 )
 @settings(max_examples=300, deadline=None)
-def test_search(base: int, per_token: int, per_square: int, room: int) -> None:
+def test_search(base: int, per_token: int, per_square: int, room: int, least: int) -> None:
     """What it finds fits, and no more does; in few steps."""
     asked: set[int] = set()
 
@@ -52,7 +53,7 @@ def test_search(base: int, per_token: int, per_square: int, room: int) -> None:
         asked.add(tokens)
         return base + per_token * tokens + per_square * tokens * tokens
 
-    found = fit._longest(step, room)
+    found = fit._longest(step, room, least)
     if found is None:
         assert step(fit.GRAIN) > room
         return
@@ -62,9 +63,9 @@ def test_search(base: int, per_token: int, per_square: int, room: int) -> None:
     assert found >= fit._MOST or step(found + fit.GRAIN) > room
 
 
-def _plan(chunk: int) -> fit._Plan:
-    loop = FixedLoop("aten.mm", "model.py:1", "recompute", 1, chunk)
-    return fit._Plan(frozenset({loop}), {"chunk": chunk})
+def _plan(number: int) -> fit._Plan:
+    loop = FixedLoop("aten.mm", f"model.py:{number}", "recompute", 1, 1)
+    return fit._Plan(frozenset({loop}), {"plan": number})
 
 
 @pytest.mark.parametrize(
@@ -82,11 +83,11 @@ def test_a_length_and_its_plan(
 ) -> None:
     """The plan that is made for a length is the one that the length was found with."""
     chosen = fit._consistent(
-        lambda options: (longest[options["chunk"]], 0),
+        lambda plan: longest[plan.options["plan"]],
         lambda seq_len: _plan(plans[seq_len]),
         _plan(1),
     )
-    assert chosen[0] == found
+    assert chosen == found
 
 
 @pytest.mark.parametrize("way", fit.WAYS[1:], ids=lambda way: way.name)
@@ -105,8 +106,8 @@ def test_few_layers_stand_for_all(config: str, way: fit.Way) -> None:
         options=way.options,
         **subject.batch[1],
     )
-    # no tolerance: the sizes that are open in one and fixed in the other make no difference, and
-    # the step is linear in the layers if it is compared where the same layer is at work
+    # no tolerance: the step is linear in the layers if it is compared where the same layer is at
+    # work
     assert found.step_nbytes == whole.peak_nbytes
     grain = fit.GRAIN / found.seq_len
     assert (1 - 2 * grain) * memory < found.step_nbytes + found.state_nbytes <= memory
