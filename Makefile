@@ -3,7 +3,7 @@
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-EXTRAS := hf,cli,demo,dev
+EXTRAS := gpu,hf,cli,demo,dev
 ARGS ?=
 
 ifeq ($(strip $(VENV)),)

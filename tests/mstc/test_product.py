@@ -112,6 +112,11 @@ def test_every_way_on_a_gpu(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     _is_exact("cuda", torch.bfloat16)
 
 
+def test_a_device_that_is_not_here_is_a_good_one() -> None:
+    """As in a simulation for another machine."""
+    assert best_way(torch.device("xpu"), torch.bfloat16, torch.float32) == "accumulate"
+
+
 @pytest.mark.parametrize("instructions", [False, True])
 @pytest.mark.parametrize("refused", [0, 1, 2])
 def test_the_best_way_that_works(

@@ -1,0 +1,131 @@
+"""A Llama's step is compiled for sm_90, simulated there and interpreted, with no GPU.
+
+The programs of this package say what is done. Each changes its process for good, so it has one of
+its own; and each takes a while, so one test asks one of them, once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+CHUNK_ROWS = 2048  # the default on a GPU
+# units in the last place: two; a quarter (32 values of a norm are rounded with luck or without)
+SLACK = {"float32": 2.5e-7, "bfloat16": 2e-3}
+
+pytest.importorskip("transformers")
+pytest.importorskip("triton", reason="triton is not installed: pip install -c constraints.txt")
+
+from tests.sm90.device import SKIP  # noqa: E402
+from tests.sm90.llama import LARGE  # noqa: E402
+
+
+def found_by(program: str, *args: str, **environment: str) -> dict[str, Any]:
+    """What one of the package's programs says."""
+    path = os.pathsep.join((str(ROOT), *filter(None, (os.environ.get("PYTHONPATH"),))))
+    done = subprocess.run(
+        [sys.executable, "-m", f"tests.sm90.{program}", *args],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path} | environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    if done.returncode == SKIP:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_lowered() -> None:
+    found = found_by("lower")
+    by_role: dict[str, list[dict[str, Any]]] = {"forward": [], "backward": [], "body": []}
+    for module in found["modules"]:
+        by_role[module["role"]].append(module)
+    (forward,), (backward,) = by_role["forward"], by_role["backward"]
+    _is_chunked(found, forward, backward)
+    _counts_are_as_ever(found, forward, backward, by_role["body"])
+    for module in found["modules"]:
+        _is_tritons(module)
+    largest = max(module["largest_buffer"] for module in found["modules"])
+    assert largest == CHUNK_ROWS * LARGE.vocabulary, "not tokens x vocabulary, or tokens x tokens"
+
+
+def _is_chunked(found: dict[str, Any], forward: dict[str, Any], backward: dict[str, Any]) -> None:
+    """As on a CPU: a loop for the head, and one for the MLPs."""
+    loops = [(x["mode"], x["chunk"], x["num_chunks"], x["count"]) for x in found["loops"]]
+    chunks = LARGE.tokens // CHUNK_ROWS
+    assert loops == [
+        ("gradient-in-forward", CHUNK_ROWS, chunks, 1),
+        ("recompute", CHUNK_ROWS, chunks, LARGE.layers),
+    ]
+    assert "lm_head" in found["deferred"][0]
+    assert forward["libraries"]["mst.loop.default"] == 1 + LARGE.layers
+    assert backward["libraries"]["mst.loop.default"] == LARGE.layers
+
+
+def _counts_are_as_ever(
+    found: dict[str, Any],
+    forward: dict[str, Any],
+    backward: dict[str, Any],
+    bodies: list[dict[str, Any]],
+) -> None:
+    """Bodies are compiled once for all layers; each is two kernels and its matrix products.
+
+    The head: logits, and the gradient of what they are made from. An MLP: three products, and of
+    the backward five; those that make weights' gradients are the loop's.
+    """
+    assert found["bodies"] == 3
+    assert sorted((b["kernels"], b["libraries"]["mm"]) for b in bodies) == [(2, 2), (2, 3), (2, 5)]
+    assert backward["libraries"]["mm"] == 8 * LARGE.layers  # attention's projections
+    if torch.__version__.startswith("2.13."):  # others fuse otherwise
+        assert (forward["kernels"], backward["kernels"]) == (8, 16)
+        assert forward["libraries"]["mm"] == 4 * LARGE.layers
+
+
+def _is_tritons(module: dict[str, Any]) -> None:
+    """Every kernel became machine code, and whatever is no kernel of Inductor's is a matrix
+    product, fused attention or a loop; in a body, a matrix product."""
+    assert module["targets"] == [90]
+    assert module["built"] == module["kernels"] > 0
+    for name in module["libraries"]:
+        known = name in ("mm", "mst.loop.default") or "efficient_attention" in name
+        assert known, name
+        assert module["role"] != "body" or name == "mm", name
+
+
+def test_simulated() -> None:
+    found = found_by("simulate")
+    ours, theirs = found["mst"], found["inductor"]
+    logits = 2 * LARGE.tokens * LARGE.vocabulary  # bytes, in bfloat16
+    assert ours["loops"] == 1 + 2 * LARGE.layers
+    assert ours["largest"] == logits * CHUNK_ROWS // LARGE.tokens
+    assert theirs["largest"] == logits
+    assert ours["peak"] < 0.6 * logits
+    assert theirs["peak"] > 4.6 * logits
+    assert ours["gradients"] == theirs["gradients"] == found["weights"]
+    # Weights' gradients are added by the matrix product itself, in place and in float32: those of
+    # the head and of every MLP, in three of the chunks, in two runs.
+    how = "accumulate: torch.bfloat16 in torch.float32 on cuda:0"
+    assert found["products"] == {how: 2 * 3 * (1 + 3 * LARGE.layers)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_interpreted(dtype: str) -> None:
+    """No further from float64 than eager code; every body is one that was compiled ahead."""
+    found = found_by("train", dtype, TRITON_INTERPRET="1")
+    assert found["bodies"] == 8, "four bodies, two sizes of chunks"
+    assert found["bodies_compiled_later"] == 0
+    limits = {name: 1.1 * e + SLACK[dtype] for name, e in found["eager"].items()}
+    bad = {name: (e, limits[name]) for name, e in found["ours"].items() if not e <= limits[name]}
+    assert not bad, f"error, and the most that it may be: {bad}"
+    assert len(found["ours"]) == 13
