@@ -2,11 +2,12 @@
 
     python -m benchmarks.prediction                  # every row; resumes where it stopped
     python -m benchmarks.prediction --only llama,t5 --redo --jobs 2
+    python -m benchmarks.prediction --anew simulations   # and keep the planner's estimates
 
-`mstc.simulate_step` runs no kernel and builds none; the measured peaks are those in
-benchmarks/results/coverage-cpu.json (benchmarks/coverage.py), of the same sizes, contenders and
-options. Per architecture one fresh process. Results go to benchmarks/results/prediction-cpu.json,
-and docs/prediction.md and a table of
+`mstc.simulate_step` runs no step and builds no kernel; the measured peaks are those in
+benchmarks/results/coverage-cpu.json (benchmarks/coverage.py), of the same sizes, contenders,
+options and threads: what kernels take while they run is per thread. Per architecture one fresh
+process. Results go to benchmarks/results/prediction-cpu.json, and docs/prediction.md and a table of
 the README are made of them.
 """
 
@@ -39,6 +40,7 @@ PAGE = measure.ROOT / "docs" / "prediction.md"
 README = measure.ROOT / "README.md"
 BACKENDS: tuple[Backend, ...] = ("inductor", "mst")
 PLANNER = "planner"  # its own estimate of what mst takes, made before Inductor sees the graph
+EVERY = (*BACKENDS, PLANNER)
 _WITHIN = 0.05
 _SHOWN = 0.001  # of the measured peak: rows that are further off are listed
 _TIMEOUT_S = 1800
@@ -47,11 +49,13 @@ _TIMEOUT_S = 1800
 def rows(job: dict[str, Any]) -> dict[str, Any]:
     """One architecture in all its modes: mode -> backend -> what was found."""
     coverage.let_dynamo_compile_everything()
-    name = job["architecture"]
-    backends = () if job["planner_only"] else BACKENDS
+    torch.set_num_threads(job["threads"])
+    name, who = job["architecture"], job["who"]
     return {
-        mode: {backend: _simulated(name, mode, backend) for backend in backends}
-        | {PLANNER: _estimated(name, mode)}
+        mode: {
+            one: _estimated(name, mode) if one == PLANNER else _simulated(name, mode, one)
+            for one in who
+        }
         for mode in coverage.modes_of(name)
     }
 
@@ -130,7 +134,7 @@ class Findings:
 
 def compare(results: dict[str, Any], measured: dict[str, Any]) -> Findings:
     """Both result files, row by row."""
-    off: dict[str, list[tuple[float, str]]] = {one: [] for one in (*BACKENDS, PLANNER)}
+    off: dict[str, list[tuple[float, str]]] = {one: [] for one in EVERY}
     without: list[str] = []
     for name, modes in results["records"].items():
         for mode, found in modes["modes"].items():
@@ -165,6 +169,7 @@ def page(results: dict[str, Any], found: Findings) -> str:
     ]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return _PAGE.format(
+        threads=results["threads"],
         where=f"{results['device']}; {versions}; {results['date']}",
         summary=found.summary,
         seconds=f"{median(seconds):.1f}" if seconds else "?",
@@ -206,9 +211,9 @@ Inductor fuses (`passes/liveness.py`). It chooses the loops.
 
 {off}
 
-What a simulation cannot see is memory that a kernel takes while it runs: on a CPU, oneDNN's scratch
-for products in bfloat16 (up to a MiB here, which shows because these peaks are small, and more in
-chunks than in whole matrices), and that of convolutions.
+Memory that a kernel takes while it runs is part of both sides: for products in bfloat16, attention,
+convolutions, and sums of float32 and bfloat16. A simulation learns it by running such an op
+once (`mstc/scratch.py`), with as many threads as the measured step had: {threads}.
 
 ## Rows without a prediction, or without a measured peak
 
@@ -228,29 +233,30 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="architectures at once")
     parser.add_argument("--redo", action="store_true", help="also rows that the results have")
     parser.add_argument(
-        "--planner", action="store_true", help="the planner's estimates anew, and nothing else"
+        "--anew", choices=("simulations", "planner"), help="these anew, and nothing else"
     )
     parser.add_argument("--force", action="store_true", help="drop results of other versions")
     options = parser.parse_args(arguments)
     if unknown := set(options.only) - set(zoo.ZOO):
         parser.error(f"unknown: {', '.join(sorted(unknown))} (known: {', '.join(zoo.ZOO)})")
+    measured = json.loads(Path(coverage.RESULTS).read_text())
     header = measure.environment("cpu") | {"date": date.today().isoformat()}
+    header["threads"] = measured["threads"]
     results = store.load(RESULTS, header, options.force)
     records = results["records"]
-    again = options.redo or options.planner
-    todo = [name for name in options.only if again or name not in records]
+    who = {"simulations": BACKENDS, "planner": (PLANNER,)}.get(options.anew, EVERY)
+    todo = [n for n in options.only if options.redo or options.anew or n not in records]
+    jobs = ({"architecture": n, "who": who, "threads": header["threads"]} for n in todo)
     with ThreadPoolExecutor(options.jobs) as pool:
-        pending = {pool.submit(_fresh, name, options.planner): name for name in todo}
+        pending = {pool.submit(_fresh, job): job["architecture"] for job in jobs}
         for done in tqdm(as_completed(pending), total=len(pending), unit="architecture"):
+            earlier = records.get(pending[done]) if options.anew else None
             record = {"commit": coverage.commit(), "modes": done.result()}
-            if options.planner:
-                record = _with_estimates(records[pending[done]], record)
-            records[pending[done]] = record
+            records[pending[done]] = _with(earlier, record, options.anew) if earlier else record
             store.save(RESULTS, results)
     order = {name: records[name] for name in zoo.ZOO if name in records}
     results["records"] = order
     store.save(RESULTS, results)
-    measured = json.loads(Path(coverage.RESULTS).read_text())
     found = compare(results, measured)
     PAGE.write_text(page(results, found))
     README.write_text(put(README.read_text(), "prediction", found.summary))
@@ -258,23 +264,19 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _with_estimates(record: dict[str, Any], estimates: dict[str, Any]) -> dict[str, Any]:
-    """A record, with other estimates of the planner; `commit` stays that of the simulations."""
-    modes = {
-        mode: found | {PLANNER: estimates["modes"][mode][PLANNER]}
-        for mode, found in record["modes"].items()
-    }
-    return record | {"modes": modes}
+def _with(earlier: dict[str, Any], found: dict[str, Any], what: str) -> dict[str, Any]:
+    """An earlier record with what was found anew; `commit` is that of the simulations."""
+    modes = {mode: one | found["modes"][mode] for mode, one in earlier["modes"].items()}
+    return {"commit": (earlier if what == PLANNER else found)["commit"], "modes": modes}
 
 
-def _fresh(name: str, planner_only: bool) -> dict[str, Any]:
-    job = {"architecture": name, "planner_only": planner_only}
+def _fresh(job: dict[str, Any]) -> dict[str, Any]:
     try:
         found = measure.run_fresh("benchmarks.prediction", job, timeout_s=_TIMEOUT_S)
     except measure.WorkerFailed as problem:
         lost = {"failed": str(problem)[-300:]}
-        every = (*BACKENDS, PLANNER)
-        found = {mode: dict.fromkeys(every, lost) for mode in coverage.modes_of(name)}
+        modes = coverage.modes_of(job["architecture"])
+        found = {mode: dict.fromkeys(job["who"], lost) for mode in modes}
     return cast("dict[str, Any]", found)
 
 

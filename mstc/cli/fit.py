@@ -13,11 +13,11 @@ Tests hold this against a simulation of all layers, with the length found instea
 they are equal.
 
 What it assumes: code as Inductor writes it for a CPU (kernels on a GPU fuse much alike; its
-attention kernels keep statistics a little larger); nothing for the CUDA context, for fragmentation,
-for communication; nothing is offloaded (PyTorch's option for it moves values that a pass of the
-user's has marked from a GPU to the host, and simulated tensors are on the host). Chunks have the
-fewest rows that keep a GPU busy, so that the answer does not depend on the planner's choice for one
-length.
+attention kernels keep statistics a little larger); nothing for what kernels take while they run,
+for the CUDA context, for fragmentation, for communication; nothing is offloaded (PyTorch's option
+for it moves values that a pass of the user's has marked from a GPU to the host, and simulated
+tensors are on the host). Chunks have the fewest rows that keep a GPU busy, so that the answer does
+not depend on the planner's choice for one length.
 """
 
 from __future__ import annotations
@@ -188,7 +188,8 @@ class _Simulated:
             raise SubjectError(
                 f"{model}: the batch does not depend on seq_len; let the function take it."
             )
-        self._simulation = Simulation(self._subject.model, (), mode)
+        # A GPU's memory is asked for: what kernels take on this machine's CPU says nothing of it.
+        self._simulation = Simulation(self._subject.model, (), mode, scratch=False)
         self._known: dict[int, SimulatedTrace] = {}
 
     def __enter__(self) -> _Simulated:
