@@ -2,7 +2,7 @@
 
     python -m benchmarks.prediction                  # every row; resumes where it stopped
     python -m benchmarks.prediction --only llama,t5 --redo --jobs 2
-    python -m benchmarks.prediction --anew simulations   # and keep the planner's estimates
+    python -m benchmarks.prediction --anew mst --modes autocast   # and keep what else there is
 
 `mstc.simulate_step` runs no step and builds no kernel; the measured peaks are those in
 benchmarks/results/coverage-cpu.json (benchmarks/coverage.py), of the same sizes, contenders,
@@ -15,13 +15,14 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.fx import GraphModule
@@ -50,13 +51,13 @@ def rows(job: dict[str, Any]) -> dict[str, Any]:
     """One architecture in all its modes: mode -> backend -> what was found."""
     coverage.let_dynamo_compile_everything()
     torch.set_num_threads(job["threads"])
-    name, who = job["architecture"], job["who"]
+    name = job["architecture"]
     return {
         mode: {
             one: _estimated(name, mode) if one == PLANNER else _simulated(name, mode, one)
-            for one in who
+            for one in job["who"]
         }
-        for mode in coverage.modes_of(name)
+        for mode in job["modes"]
     }
 
 
@@ -168,15 +169,26 @@ def page(results: dict[str, Any], found: Findings) -> str:
         if "seconds" in one and backend != PLANNER
     ]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    commits = ", ".join(f"{commit} ({n})" for commit, n in _commits(results).most_common())
     return _PAGE.format(
         threads=results["threads"],
-        where=f"{results['device']}; {versions}; {results['date']}",
+        where=f"{results['device']}; {versions}; {results['date']}; answers by commit: {commits}",
         summary=found.summary,
         seconds=f"{median(seconds):.1f}" if seconds else "?",
         shown=f"{_SHOWN:.1%}",
         within=f"{_WITHIN:.0%}",
         off=table(("row", "backend", "error"), listed) if listed else "None.",
         without="\n".join(found.without) or "None.",
+    )
+
+
+def _commits(results: dict[str, Any]) -> Counter[str]:
+    """How many answers are of which state of the code."""
+    return Counter(
+        answer["commit"]
+        for record in results["records"].values()
+        for answers in record["modes"].values()
+        for answer in answers.values()
     )
 
 
@@ -233,7 +245,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="architectures at once")
     parser.add_argument("--redo", action="store_true", help="also rows that the results have")
     parser.add_argument(
-        "--anew", choices=("simulations", "planner"), help="these anew, and nothing else"
+        "--anew",
+        type=lambda t: t.split(","),
+        metavar="WHO,...",
+        help=f"these of {', '.join(EVERY)} anew, and nothing else",
+    )
+    parser.add_argument(
+        "--modes",
+        type=lambda t: t.split(","),
+        default=list(coverage.EXPERT_MODES),
+        metavar="MODE,...",
+        help="with --anew: of these modes",
     )
     parser.add_argument("--force", action="store_true", help="drop results of other versions")
     options = parser.parse_args(arguments)
@@ -244,15 +266,24 @@ def main(arguments: list[str]) -> int:
     header["threads"] = measured["threads"]
     results = store.load(RESULTS, header, options.force)
     records = results["records"]
-    who = {"simulations": BACKENDS, "planner": (PLANNER,)}.get(options.anew, EVERY)
-    todo = [n for n in options.only if options.redo or options.anew or n not in records]
-    jobs = ({"architecture": n, "who": who, "threads": header["threads"]} for n in todo)
+    if unknown := {*(options.anew or ()), *options.modes} - {*EVERY, *coverage.EXPERT_MODES}:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    jobs = [
+        {
+            "architecture": name,
+            "who": options.anew or EVERY,
+            "modes": [m for m in coverage.modes_of(name) if not options.anew or m in options.modes],
+            "threads": header["threads"],
+        }
+        for name in options.only
+        if options.redo or options.anew or name not in records
+    ]
     with ThreadPoolExecutor(options.jobs) as pool:
-        pending = {pool.submit(_fresh, job): job["architecture"] for job in jobs}
+        pending = {pool.submit(_fresh, job): job["architecture"] for job in jobs if job["modes"]}
         for done in tqdm(as_completed(pending), total=len(pending), unit="architecture"):
-            earlier = records.get(pending[done]) if options.anew else None
-            record = {"commit": coverage.commit(), "modes": done.result()}
-            records[pending[done]] = _with(earlier, record, options.anew) if earlier else record
+            modes = records.setdefault(pending[done], {"modes": {}})["modes"]
+            for mode, found in done.result().items():
+                modes.setdefault(mode, {}).update(found)
             store.save(RESULTS, results)
     order = {name: records[name] for name in zoo.ZOO if name in records}
     results["records"] = order
@@ -264,20 +295,18 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _with(earlier: dict[str, Any], found: dict[str, Any], what: str) -> dict[str, Any]:
-    """An earlier record with what was found anew; `commit` is that of the simulations."""
-    modes = {mode: one | found["modes"][mode] for mode, one in earlier["modes"].items()}
-    return {"commit": (earlier if what == PLANNER else found)["commit"], "modes": modes}
-
-
 def _fresh(job: dict[str, Any]) -> dict[str, Any]:
+    """What `rows` finds, with the commit that it is of."""
     try:
         found = measure.run_fresh("benchmarks.prediction", job, timeout_s=_TIMEOUT_S)
     except measure.WorkerFailed as problem:
         lost = {"failed": str(problem)[-300:]}
-        modes = coverage.modes_of(job["architecture"])
-        found = {mode: dict.fromkeys(job["who"], lost) for mode in modes}
-    return cast("dict[str, Any]", found)
+        found = {mode: dict.fromkeys(job["who"], lost) for mode in job["modes"]}
+    commit = coverage.commit()
+    return {
+        mode: {one: answer | {"commit": commit} for one, answer in answers.items()}
+        for mode, answers in found.items()
+    }
 
 
 if __name__ == "__main__":
