@@ -2,7 +2,7 @@
 
 A simulated step computes nothing, so what kernels take for themselves has to be learned: the op is
 run once, on zeros of the same shapes, strides and dtypes, while every allocation is heard. Which
-ops take anything on a CPU, and what for (`_FAMILIES`, `_is_mixed`):
+ops take anything on a CPU, and what for (`_BLOCKED`, `_OTHERS`, `_is_mixed`):
 
     products      oneDNN's copies of blocks of the operands, below float32; copies of operands
                   that no library takes as they lie
@@ -16,7 +16,7 @@ the life of the process.
 How nothing else is disturbed: the op runs in a thread of its own, which starts without autograd's
 modes, autocast, fake tensors and dispatch modes. Allocations are heard by PyTorch's older profiler,
 which is one thread's: an outer profiler goes on, and sees nothing of it. Ops that draw random
-numbers are not among the families.
+numbers, and ops that are not PyTorch's own, are not run.
 
 What is too large to be tried is not run: of products and attention a smaller one is in its place.
 Both work in blocks, so from there on what they take hardly grows with their size: of 24 products of
@@ -121,7 +121,9 @@ def _may_take(func: Any, tensors: Sequence[Tensor]) -> bool:
 
 def _is_mixed(func: Any, tensors: Sequence[Tensor]) -> bool:
     """Whether operands have to be widened; single numbers are widened at no cost."""
-    if torch.Tag.pointwise not in func.tags or torch.Tag.nondeterministic_seeded in func.tags:
+    if func.namespace != "aten" or torch.Tag.pointwise not in func.tags:
+        return False
+    if torch.Tag.nondeterministic_seeded in func.tags:
         return False
     return len({t.dtype for t in tensors if t.dim()}) > 1
 
