@@ -156,7 +156,7 @@ def compare(results: dict[str, Any], measured: dict[str, Any]) -> Findings:
 def page(results: dict[str, Any], found: Findings) -> str:
     """docs/prediction.md."""
     listed = [
-        (row, backend, f"{error:+.2%}")
+        (row, backend, f"{error:+.2%}", _commit(results, row, backend))
         for backend, errors in found.off.items()
         for error, row in sorted(errors, key=lambda one: -abs(one[0]))
         if abs(error) > (_WITHIN if backend == PLANNER else _SHOWN)
@@ -177,9 +177,14 @@ def page(results: dict[str, Any], found: Findings) -> str:
         seconds=f"{median(seconds):.1f}" if seconds else "?",
         shown=f"{_SHOWN:.1%}",
         within=f"{_WITHIN:.0%}",
-        off=table(("row", "backend", "error"), listed) if listed else "None.",
+        off=table(("row", "backend", "error", "commit"), listed) if listed else "None.",
         without="\n".join(found.without) or "None.",
     )
+
+
+def _commit(results: dict[str, Any], row: str, backend: str) -> str:
+    name, mode = row.split("/")
+    return results["records"][name]["modes"][mode][backend]["commit"]
 
 
 def _commits(results: dict[str, Any]) -> Counter[str]:
@@ -225,7 +230,9 @@ Inductor fuses (`passes/liveness.py`). It chooses the loops.
 
 Memory that a kernel takes while it runs is part of both sides: for products in bfloat16, attention,
 convolutions, and sums of float32 and bfloat16. A simulation learns it by running such an op
-once (`mstc/scratch.py`), with as many threads as the measured step had: {threads}.
+once (`mstc/scratch.py`), with as many threads as the measured step had: {threads}. Not every row
+was simulated anew since it does that: answers of commits before 6bd1353 are without it, and with
+one thread.
 
 ## Rows without a prediction, or without a measured peak
 
