@@ -2,11 +2,12 @@
 
     python -m benchmarks.prediction                  # every row; resumes where it stopped
     python -m benchmarks.prediction --only llama,t5 --redo --jobs 2
+    python -m benchmarks.prediction --anew mst --modes autocast   # and keep what else there is
 
-`mstc.simulate_step` runs no kernel and builds none; the measured peaks are those in
-benchmarks/results/coverage-cpu.json (benchmarks/coverage.py), of the same sizes, contenders and
-options. Per architecture one fresh process. Results go to benchmarks/results/prediction-cpu.json,
-and docs/prediction.md and a table of
+`mstc.simulate_step` runs no step and builds no kernel; the measured peaks are those in
+benchmarks/results/coverage-cpu.json (benchmarks/coverage.py), of the same sizes, contenders,
+options and threads: what kernels take while they run is per thread. Per architecture one fresh
+process. Results go to benchmarks/results/prediction-cpu.json, and docs/prediction.md and a table of
 the README are made of them.
 """
 
@@ -14,13 +15,14 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.fx import GraphModule
@@ -39,6 +41,7 @@ PAGE = measure.ROOT / "docs" / "prediction.md"
 README = measure.ROOT / "README.md"
 BACKENDS: tuple[Backend, ...] = ("inductor", "mst")
 PLANNER = "planner"  # its own estimate of what mst takes, made before Inductor sees the graph
+EVERY = (*BACKENDS, PLANNER)
 _WITHIN = 0.05
 _SHOWN = 0.001  # of the measured peak: rows that are further off are listed
 _TIMEOUT_S = 1800
@@ -47,12 +50,14 @@ _TIMEOUT_S = 1800
 def rows(job: dict[str, Any]) -> dict[str, Any]:
     """One architecture in all its modes: mode -> backend -> what was found."""
     coverage.let_dynamo_compile_everything()
+    torch.set_num_threads(job["threads"])
     name = job["architecture"]
-    backends = () if job["planner_only"] else BACKENDS
     return {
-        mode: {backend: _simulated(name, mode, backend) for backend in backends}
-        | {PLANNER: _estimated(name, mode)}
-        for mode in coverage.modes_of(name)
+        mode: {
+            one: _estimated(name, mode) if one == PLANNER else _simulated(name, mode, one)
+            for one in job["who"]
+        }
+        for mode in job["modes"]
     }
 
 
@@ -130,7 +135,7 @@ class Findings:
 
 def compare(results: dict[str, Any], measured: dict[str, Any]) -> Findings:
     """Both result files, row by row."""
-    off: dict[str, list[tuple[float, str]]] = {one: [] for one in (*BACKENDS, PLANNER)}
+    off: dict[str, list[tuple[float, str]]] = {one: [] for one in EVERY}
     without: list[str] = []
     for name, modes in results["records"].items():
         for mode, found in modes["modes"].items():
@@ -151,7 +156,7 @@ def compare(results: dict[str, Any], measured: dict[str, Any]) -> Findings:
 def page(results: dict[str, Any], found: Findings) -> str:
     """docs/prediction.md."""
     listed = [
-        (row, backend, f"{error:+.2%}")
+        (row, backend, f"{error:+.2%}", _commit(results, row, backend))
         for backend, errors in found.off.items()
         for error, row in sorted(errors, key=lambda one: -abs(one[0]))
         if abs(error) > (_WITHIN if backend == PLANNER else _SHOWN)
@@ -164,14 +169,31 @@ def page(results: dict[str, Any], found: Findings) -> str:
         if "seconds" in one and backend != PLANNER
     ]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    commits = ", ".join(f"{commit} ({n})" for commit, n in _commits(results).most_common())
     return _PAGE.format(
-        where=f"{results['device']}; {versions}; {results['date']}",
+        threads=results["threads"],
+        where=f"{results['device']}; {versions}; {results['date']}; answers by commit: {commits}",
         summary=found.summary,
         seconds=f"{median(seconds):.1f}" if seconds else "?",
         shown=f"{_SHOWN:.1%}",
         within=f"{_WITHIN:.0%}",
-        off=table(("row", "backend", "error"), listed) if listed else "None.",
+        off=table(("row", "backend", "error", "commit"), listed) if listed else "None.",
         without="\n".join(found.without) or "None.",
+    )
+
+
+def _commit(results: dict[str, Any], row: str, backend: str) -> str:
+    name, mode = row.split("/")
+    return results["records"][name]["modes"][mode][backend]["commit"]
+
+
+def _commits(results: dict[str, Any]) -> Counter[str]:
+    """How many answers are of which state of the code."""
+    return Counter(
+        answer["commit"]
+        for record in results["records"].values()
+        for answers in record["modes"].values()
+        for answer in answers.values()
     )
 
 
@@ -206,9 +228,11 @@ Inductor fuses (`passes/liveness.py`). It chooses the loops.
 
 {off}
 
-What a simulation cannot see is memory that a kernel takes while it runs: on a CPU, oneDNN's scratch
-for products in bfloat16 (up to a MiB here, which shows because these peaks are small, and more in
-chunks than in whole matrices), and that of convolutions.
+Memory that a kernel takes while it runs is part of both sides: for products in bfloat16, attention,
+convolutions, and sums of float32 and bfloat16. A simulation learns it by running such an op
+once (`mstc/scratch.py`), with as many threads as the measured step had: {threads}. Not every row
+was simulated anew since it does that: answers of commits before 6bd1353 are without it, and with
+one thread.
 
 ## Rows without a prediction, or without a measured peak
 
@@ -228,29 +252,49 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="architectures at once")
     parser.add_argument("--redo", action="store_true", help="also rows that the results have")
     parser.add_argument(
-        "--planner", action="store_true", help="the planner's estimates anew, and nothing else"
+        "--anew",
+        type=lambda t: t.split(","),
+        metavar="WHO,...",
+        help=f"these of {', '.join(EVERY)} anew, and nothing else",
+    )
+    parser.add_argument(
+        "--modes",
+        type=lambda t: t.split(","),
+        default=list(coverage.EXPERT_MODES),
+        metavar="MODE,...",
+        help="with --anew: of these modes",
     )
     parser.add_argument("--force", action="store_true", help="drop results of other versions")
     options = parser.parse_args(arguments)
     if unknown := set(options.only) - set(zoo.ZOO):
         parser.error(f"unknown: {', '.join(sorted(unknown))} (known: {', '.join(zoo.ZOO)})")
+    measured = json.loads(Path(coverage.RESULTS).read_text())
     header = measure.environment("cpu") | {"date": date.today().isoformat()}
+    header["threads"] = measured["threads"]
     results = store.load(RESULTS, header, options.force)
     records = results["records"]
-    again = options.redo or options.planner
-    todo = [name for name in options.only if again or name not in records]
+    if unknown := {*(options.anew or ()), *options.modes} - {*EVERY, *coverage.EXPERT_MODES}:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    jobs = [
+        {
+            "architecture": name,
+            "who": options.anew or EVERY,
+            "modes": [m for m in coverage.modes_of(name) if not options.anew or m in options.modes],
+            "threads": header["threads"],
+        }
+        for name in options.only
+        if options.redo or options.anew or name not in records
+    ]
     with ThreadPoolExecutor(options.jobs) as pool:
-        pending = {pool.submit(_fresh, name, options.planner): name for name in todo}
+        pending = {pool.submit(_fresh, job): job["architecture"] for job in jobs if job["modes"]}
         for done in tqdm(as_completed(pending), total=len(pending), unit="architecture"):
-            record = {"commit": coverage.commit(), "modes": done.result()}
-            if options.planner:
-                record = _with_estimates(records[pending[done]], record)
-            records[pending[done]] = record
+            modes = records.setdefault(pending[done], {"modes": {}})["modes"]
+            for mode, found in done.result().items():
+                modes.setdefault(mode, {}).update(found)
             store.save(RESULTS, results)
     order = {name: records[name] for name in zoo.ZOO if name in records}
     results["records"] = order
     store.save(RESULTS, results)
-    measured = json.loads(Path(coverage.RESULTS).read_text())
     found = compare(results, measured)
     PAGE.write_text(page(results, found))
     README.write_text(put(README.read_text(), "prediction", found.summary))
@@ -258,24 +302,18 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _with_estimates(record: dict[str, Any], estimates: dict[str, Any]) -> dict[str, Any]:
-    """A record, with other estimates of the planner; `commit` stays that of the simulations."""
-    modes = {
-        mode: found | {PLANNER: estimates["modes"][mode][PLANNER]}
-        for mode, found in record["modes"].items()
-    }
-    return record | {"modes": modes}
-
-
-def _fresh(name: str, planner_only: bool) -> dict[str, Any]:
-    job = {"architecture": name, "planner_only": planner_only}
+def _fresh(job: dict[str, Any]) -> dict[str, Any]:
+    """What `rows` finds, with the commit that it is of."""
     try:
         found = measure.run_fresh("benchmarks.prediction", job, timeout_s=_TIMEOUT_S)
     except measure.WorkerFailed as problem:
         lost = {"failed": str(problem)[-300:]}
-        every = (*BACKENDS, PLANNER)
-        found = {mode: dict.fromkeys(every, lost) for mode in coverage.modes_of(name)}
-    return cast("dict[str, Any]", found)
+        found = {mode: dict.fromkeys(job["who"], lost) for mode in job["modes"]}
+    commit = coverage.commit()
+    return {
+        mode: {one: answer | {"commit": commit} for one, answer in answers.items()}
+        for mode, answers in found.items()
+    }
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ Algorithm
     3. What was found is kept on disk, beside PyTorch's compiled graphs.
 
 Not handled: graphs whose sizes are left open cannot be simulated; they get the smallest chunks, and
-the report says so. A loss in eager code is planned without a budget. Memory that kernels take while
-they run is not seen (see `mstc.simulate`). Activation offload is not used.
+the report says so. A loss in eager code is planned without a budget. Memory that a GPU's kernels
+take while they run is not seen (see `mstc.simulate`). Activation offload is not used.
 """
 
 from __future__ import annotations
@@ -119,6 +119,7 @@ def settle(
         setting = CHUNKED[-1]
         line = "its sizes are left open, so no peak is known: the smallest chunks"
         return replace(options, setting=setting), f"memory budget {format_bytes(budget)}: {line}"
+    key = f"{key}-{torch.get_num_threads()}"  # what kernels take while they run is per thread
     chosen = _kept(key)
     if chosen is None:
         try:

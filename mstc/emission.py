@@ -153,9 +153,11 @@ class _Libraries:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*args: Any, out: torch.Tensor | None = None, **kwargs: Any) -> Any:
-            if out is not None:
-                return out
-            return getattr(torch.ops.aten, name)(*args, **kwargs)
+            if out is None:
+                return getattr(torch.ops.aten, name)(*args, **kwargs)
+            # Nothing is written; but who watches hears of the op, and what it takes while it runs.
+            op: Any = getattr(torch.ops.aten, name, None)
+            return op.out(*args, out=out, **kwargs) if hasattr(op, "out") else out
 
         return call
 

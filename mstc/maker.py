@@ -23,6 +23,7 @@ from mstc.emission import EMITTED, ORIGINS, VIEWS, Origin
 from passes.source import place
 
 _ASSIGNED = re.compile(r"\s*(\w+) = ")
+_WRITTEN = re.compile(r".*\bout=(?:reinterpret_tensor\()?(\w+)")
 _ORIGINAL = re.compile(r"Original ATen: \[(.*?)\]")
 _COMMENT_LINES = 40  # after an allocation, in which Inductor says what it is for
 _OURS = tuple(f"{Path(m.__file__ or '').parent}/" for m in (torch, mstc, passes))
@@ -48,10 +49,14 @@ def maker_of(func: Any) -> Origin:
 
 def _emitted(frame: FrameType) -> Origin | None:
     lines = linecache.getlines(frame.f_code.co_filename)[frame.f_lineno - 1 :][:_COMMENT_LINES]
-    assigned = _ASSIGNED.match(lines[0]) if lines else None
-    found = frame.f_globals[ORIGINS].get(assigned[1]) if assigned else None
-    if found is not None:
-        return found
+    if not lines:
+        return None
+    origins: dict[str, Origin] = frame.f_globals[ORIGINS]
+    if written := _WRITTEN.match(lines[0]):
+        return origins.get(written[1])
+    assigned = _ASSIGNED.match(lines[0])
+    if assigned and assigned[1] in origins:
+        return origins[assigned[1]]
     for line in lines:
         if original := _ORIGINAL.search(line):
             made = [op for op in original[1].split(", ") if op not in VIEWS]

@@ -14,12 +14,14 @@ Algorithm
     3. It runs once more, on fake tensors: AOTAutograd's wrappers, the emitted code, loops, deferred
        outputs and autograd's engine are what a real step has. A dispatch mode sees every storage
        that is made, and hears when it dies (`mstc.watch`).
-    4. The sum over these events is the timeline, summed up as a measured one is
+    4. What an op takes while it runs (copies inside a product, workspaces of attention) counts at
+       that instant: the few ops that do are run once on this machine (`mstc.scratch`).
+    5. The sum over these events is the timeline, summed up as a measured one is
        (`mstc.runtime.memory`), with the times at which loops run and the backward begins.
 
-What it cannot see: memory that a kernel takes while it runs (scratch of oneDNN or cuBLAS, packed
-weights, workspaces of attention kernels); rounding by an allocator; fragmentation. Where the model
-reads a value (``.item()``, a mixture of experts in float32), there is none: an error.
+What it cannot see: what kernels take while they run on anything but the CPU of this machine
+(workspaces of cuBLAS); rounding by an allocator; fragmentation. Where the model reads a value
+(``.item()``, a mixture of experts in float32), there is none: an error.
 
 Source: the idea of running emitted code on fake tensors is that of
 `torch._subclasses.fake_utils` and `torch.distributed._tools.mem_tracker`, which do it for eager
@@ -118,8 +120,19 @@ class Simulation:
     Simulations that are entered at the same time need one mode, `FakeTensorMode`, in common.
     """
 
-    def __init__(self, model: nn.Module, batch: Any, mode: FakeTensorMode | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Any,
+        mode: FakeTensorMode | None = None,
+        *,
+        scratch: bool = True,
+    ) -> None:
+        """Args:
+        scratch: whether what ops take while they run counts: this machine's CPU is meant.
+        """
         self.model = model
+        self._scratch = scratch
         self._mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
         self.batch: Any = tree_map_only(Tensor, lambda t: as_fake(t, self._mode), batch)
         self._context = self._entered()
@@ -195,7 +208,7 @@ class Simulation:
         while True:
             self._without_gradients()
             before = _compilations()
-            watch = Watch(self._own())
+            watch = Watch(self._own(), scratch=self._scratch)
             with watch:
                 step()
             if _compilations() == before:

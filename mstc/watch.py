@@ -23,6 +23,7 @@ from mstc import history
 from mstc.maker import maker_of
 from mstc.runtime.loop import loop_op, program_of
 from mstc.runtime.memory import MemoryEvent, MemoryTrace, trace_of
+from mstc.scratch import scratch_nbytes
 
 
 @dataclass(frozen=True)
@@ -165,8 +166,13 @@ class Watch(TorchDispatchMode):
 
     supports_higher_order_operators = True  # random states, which a checkpointed op saves
 
-    def __init__(self, own: Sequence[Tensor]) -> None:
+    def __init__(self, own: Sequence[Tensor], *, scratch: bool = True) -> None:
+        """Args:
+        own: what is there at the start, and does not count.
+        scratch: whether what ops take while they run on a CPU counts (`mstc.scratch`).
+        """
         super().__init__()
+        self._scratch = scratch
         self._events: list[MemoryEvent] = []
         self._time = 0.0
         self._loops: list[Span] = []
@@ -233,6 +239,8 @@ class Watch(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._add(tensor, func)
+        if self._scratch:
+            self._add_scratch(func, scratch_nbytes(func, args, kwargs or {}))
         if func is torch.ops.aten.add.Tensor and _accumulates():
             self._sum = (self._number(args[0]), len(self._events) - 1, self._number(out))
         return out
@@ -265,6 +273,15 @@ class Watch(TorchDispatchMode):
         last = functools.partial(self._drop, key, number, storage.nbytes())
         self._alive[key] = (number, weakref.ref(storage, last))
         self._note(storage.nbytes(), number)
+
+    def _add_scratch(self, func: Any, nbytes: int) -> None:
+        if not nbytes:
+            return
+        number = len(self._made) + 1
+        origin = maker_of(func)
+        self._made[number] = _Made(f"scratch of {origin.op}", origin.source, self._within)
+        self._note(nbytes, number)
+        self._note(-nbytes, number)
 
     def _drop(self, key: int, number: int, nbytes: int, reference: object) -> None:
         if self._alive.get(key, (0, None))[1] is reference:

@@ -26,10 +26,11 @@ Run one step before, so that nothing is compiled, tuned or lazily made while mea
 On a CPU the figures are deterministic. Sizes are as tensors ask for them; the CUDA allocator
 rounds up to 512 bytes, so `torch.cuda.max_memory_allocated` is slightly larger.
 
-Not handled: memory that does not come from PyTorch's allocators (cuBLAS workspaces of the
-library's own, oneDNN scratch); several devices at once; fragmentation (reserved memory). On a CPU,
-the release of memory that was held before the start is not seen (the profiler does not know its
-size), so a function that gives back old memory first shows a larger peak than it has.
+Not handled: memory that does not come from PyTorch's allocators (workspaces that cuBLAS and MKL
+allocate themselves; oneDNN's come from there, and count); several devices at once; fragmentation
+(reserved memory). On a CPU, the release of memory that was held before the start is not seen (the
+profiler does not know its size), so a function that gives back old memory first shows a larger peak
+than it has.
 """
 
 from collections.abc import Callable, Iterable

@@ -74,6 +74,32 @@ def test_as_measured(kind: type[nn.Module], backend: Backend) -> None:
     assert simulated.grad_nbytes == measured.grad_nbytes
 
 
+@NON_LEAF
+@pytest.mark.parametrize("backend", ["eager", "inductor", "mst"])
+def test_in_bfloat16_as_measured(backend: Backend) -> None:
+    """With what products take while they run, where the processor has them in bfloat16."""
+    model, batch = TinyLM(vocab=512, hidden=64).bfloat16(), lm_batch(67, vocab=32)
+    options = INDUCTOR if backend == "mst" else None
+    simulated = simulate_step(model, *batch, backend=backend, options=options)
+    torch._dynamo.reset()
+    measured = _measured(model, batch, backend)
+    assert simulated.peak_nbytes == measured.peak_nbytes
+    assert simulated.peak_intermediate_nbytes == measured.peak_intermediate_nbytes
+
+
+def test_scratch_has_a_name() -> None:
+    class Attention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, x, x).sum()
+
+    x = torch.randn(1, 2, 64, 16, requires_grad=True)
+    for backend in ("eager", "inductor"):
+        trace = simulate_step(Attention(), x, backend=backend)
+        own = [b for b in trace.buffers if b.made_by.startswith("scratch of aten._scaled_dot")]
+        assert len(own) == 2, "forward and backward"
+        assert all(b.dies == b.born + 1 and "F.scaled_dot_product" in b.source for b in own[:1])
+
+
 def test_many_chunks_are_three() -> None:
     """Nine chunks of eight rows: what three of them take is what all take."""
     model, batch = TinyLM(), lm_batch(72, vocab=32)
