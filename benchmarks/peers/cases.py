@@ -132,17 +132,18 @@ def _config(size: Size, tokens: int) -> Any:
     from transformers import LlamaConfig  # it takes seconds to import
 
     heads = size.hidden // size.head_dim
-    return LlamaConfig(
-        hidden_size=size.hidden,
-        intermediate_size=size.wide,
-        num_hidden_layers=size.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 2),
-        head_dim=size.head_dim,
-        vocab_size=size.vocab or 8,
-        max_position_embeddings=tokens,
-        attn_implementation="sdpa",
-    )
+    sizes: dict[str, Any] = {
+        "hidden_size": size.hidden,
+        "intermediate_size": size.wide,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(1, heads // 2),
+        "head_dim": size.head_dim,
+        "vocab_size": size.vocab or 8,
+        "max_position_embeddings": tokens,
+        "attn_implementation": "sdpa",  # a layer alone has no default
+    }
+    return LlamaConfig(**sizes)
 
 
 def _module(case: str, size: Size, tokens: int) -> nn.Module:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import measure
@@ -66,7 +67,7 @@ def _auto_chunker(task: Task) -> Work:
 
 
 def _with_budget(share: float, task: Task) -> Work:
-    config: Any = torch._functorch.config
+    config: Any = functorch_config
     config.activation_memory_budget = share  # of this process, which has no other contender
     return _inductor(task)
 

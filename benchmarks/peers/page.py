@@ -11,7 +11,7 @@ import matplotlib as mpl
 
 mpl.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks import measure
 from benchmarks.peers.cases import CASES, LENGTHS
@@ -210,6 +210,8 @@ def text(found: dict[str, dict[str, Any]]) -> str:
         for case in CASES:
             if _groups(results, case):
                 size = {k: v for k, v in results["sizes"][case].items() if v}
+                if "layers" not in size:
+                    size.pop("head_dim", None)  # there is no attention
                 sizes = ", ".join(f"{name} {value:,}" for name, value in size.items())
                 parts += [f"### {_TITLES[case]}", f"Sizes: {sizes}.", _case(results, case)]
         parts += ["### Failures", _failures(results)]
@@ -275,15 +277,12 @@ def _panel(axes: Any, results: dict[str, Any], case: str, handles: dict[str, Any
     axes.set(xscale="log", yscale="log", title=_TITLES[case])
     axes.set_xlabel("time per step, Inductor = 1")
     axes.set_ylabel("peak, Inductor = 1")
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(plain)
-        low, high = axis.get_view_interval()
-        if high / low < 8:
-            axis.set_minor_formatter(plain)
-        else:
-            axis.set_minor_formatter(NullFormatter())
+        axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_locator(NullLocator())
+    axes.margins(0.1)
     axes.axhline(1, color="#bbbbbb", linewidth=0.8, zorder=1)
     axes.axvline(1, color="#bbbbbb", linewidth=0.8, zorder=1)
-    axes.grid(alpha=0.25, which="both")
+    axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
