@@ -113,7 +113,7 @@ def _compile_and_compare(job: dict[str, Any]) -> _Compiled | dict[str, Any]:
             result["contenders"][name] = _first_steps(step, subject, truth, name)
             steps[name] = step
         except Exception as error:
-            result["contenders"][name] = {"failed": _text_of(error)}
+            result["contenders"][name] = {"failed": text_of(error)}
     return _Compiled(subject, steps, result)
 
 
@@ -232,13 +232,13 @@ def _folded(refusals: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _text_of(error: BaseException) -> str:
+def text_of(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return _shortened(f"{type(error).__name__}: {error}"[:_TEXT] + where)
+    return shortened(f"{type(error).__name__}: {error}"[:_TEXT] + where)
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
     """Without the folders of this machine."""
     text = re.sub(r"/[^\s\"':]*/site-packages/", "", text)
     return re.sub(r"/[^\s\"':]+/(?=[^/\s\"':]+\.\w+)", "", text)
@@ -299,7 +299,7 @@ def _measured(job: dict[str, Any], kernels: Path) -> dict[str, Any]:
             "benchmarks.coverage", job, timeout_s=_ROW_TIMEOUT_S, kernels=kernels, share=True
         )
     except measure.WorkerFailed as problem:
-        return {"failed": _shortened(str(problem)[-_TEXT:])}
+        return {"failed": shortened(str(problem)[-_TEXT:])}
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -55,11 +55,7 @@ def run_fresh(
     with tempfile.TemporaryDirectory(prefix="mstc-bench-") as folder:
         job_path, result_path = Path(folder, "job.json"), Path(folder, "result.json")
         job_path.write_text(json.dumps(job))
-        environment = os.environ | {
-            "TORCHINDUCTOR_CACHE_DIR": str(kernels or Path(folder, "inductor")),
-            "TRITON_CACHE_DIR": str(Path(folder, "triton")),
-            **(_GRAPHS_ANEW if kernels else _ALL_ANEW),
-        }
+        environment = cold_caches(Path(folder), kernels)
         at_work = ["-m", "benchmarks.quiet", module] if share else ["-m", module]
         command = [sys.executable, *at_work, "--worker", str(job_path), str(result_path)]
         try:
@@ -81,6 +77,16 @@ def run_fresh(
                 f"exit status {done.returncode}:\n{(done.stderr if show else done.stdout)[-3000:]}"
             )
         return json.loads(result_path.read_text())
+
+
+def cold_caches(folder: Path, kernels: Path | None = None) -> dict[str, str]:
+    """The environment of a process that finds nothing compiled, or `kernels` only; what it compiles
+    itself goes to `folder`."""
+    return os.environ | {
+        "TORCHINDUCTOR_CACHE_DIR": str(kernels or Path(folder, "inductor")),
+        "TRITON_CACHE_DIR": str(Path(folder, "triton")),
+        **(_GRAPHS_ANEW if kernels else _ALL_ANEW),
+    }
 
 
 def serve(work: Callable[[dict[str, Any]], dict[str, Any]], arguments: Sequence[str]) -> bool:
