@@ -40,7 +40,7 @@ from mstc.cli.layers import depths, options_of, step_of_all
 from mstc.cli.subject import Subject, SubjectError, Wanted, load_subject
 from mstc.driver import MIN_ROWS
 from mstc.explain import explain
-from mstc.simulate import Backend, simulate_step
+from mstc.simulate import Backend
 from mstc.watch import SimulatedTrace
 from passes.records import FixedLoop
 
@@ -198,8 +198,11 @@ class _Steps:
     ) -> SimulatedTrace:
         wanted = replace(self._wanted, num_layers=num_layers, seq_len=seq_len)
         one = load_subject(self._model, wanted)
-        args, kwargs = one.batch
-        return simulate_step(one.model, *args, backend=self._way.backend, options=options, **kwargs)
+        # A GPU's memory is asked for: what kernels take on this machine's CPU says nothing of it.
+        with Simulation(one.model, one.batch, scratch=False) as simulation:
+            compiled = simulation.compile(one.model, self._way.backend, options)
+            args, kwargs = simulation.batch
+            return simulation.trace(lambda: loss_of(compiled(*args, **kwargs)).backward())
 
 
 def fit_all(model: str, memory: int, wanted: Wanted, optimizer: str = "adamw") -> list[Fit]:

@@ -13,12 +13,8 @@ from hypothesis import strategies as st
 from mstc.cli import fit, layers
 from mstc.cli.app import run
 from mstc.cli.subject import Wanted, load_subject
-<<<<<<< HEAD
-from mstc.simulate import simulate_step
-from passes.records import FixedLoop
-=======
 from mstc.simulate import Simulation, loss_of
->>>>>>> 97aba407974ddf554c7bb14f8161b4396201cf5f
+from passes.records import FixedLoop
 from tests.models import fresh_compiler  # noqa: F401  (an autouse fixture)
 
 CONFIG = {
@@ -104,22 +100,11 @@ def test_few_layers_stand_for_all(config: str, way: fit.Way) -> None:
     subject = load_subject(config, Wanted(found.seq_len, dtype="bf16", checkpoint=way.checkpoint))
     weights = sum(p.nbytes for p in subject.model.parameters())
     assert found.state_nbytes == 3 * weights
-<<<<<<< HEAD
-    whole = simulate_step(
-        subject.model,
-        backend=way.backend,
-        options=way.options,
-        **subject.batch[1],
-    )
-    # no tolerance: the step is linear in the layers if it is compared where the same layer is at
-    # work
-=======
     with Simulation(subject.model, subject.batch[1], scratch=False) as simulation:
         compiled = simulation.compile(subject.model, way.backend, way.options)
         whole = simulation.trace(lambda: loss_of(compiled(**simulation.batch)).backward())
-    # no tolerance: the sizes that are open in one and fixed in the other make no difference, and
-    # the step is linear in the layers if it is compared where the same layer is at work
->>>>>>> 97aba407974ddf554c7bb14f8161b4396201cf5f
+    # no tolerance: the step is linear in the layers if it is compared where the same layer is at
+    # work
     assert found.step_nbytes == whole.peak_nbytes
     grain = fit.GRAIN / found.seq_len
     assert (1 - 2 * grain) * memory < found.step_nbytes + found.state_nbytes <= memory
