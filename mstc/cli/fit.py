@@ -40,7 +40,7 @@ from mstc.cli.layers import depths, options_of, step_of_all
 from mstc.cli.subject import Subject, SubjectError, Wanted, load_subject
 from mstc.driver import MIN_ROWS
 from mstc.explain import explain
-from mstc.simulate import Backend
+from mstc.simulate import Backend, Simulation, loss_of
 from mstc.watch import SimulatedTrace
 from passes.records import FixedLoop
 
