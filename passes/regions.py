@@ -480,6 +480,7 @@ class RegionFinder:
                     if any(rules.is_matmul(u) for u in consumers):
                         break  # absorbing is for what can be fused, not for the next layer
                     grown |= set(consumers)
+                    grown |= self._views_between(grown, consumers, split)
                     front = [u for u in consumers if split.is_split(u)]
                     if boundary(grown) < before:
                         trial = set(grown)
@@ -489,6 +490,24 @@ class RegionFinder:
                             break
                 if improved:
                     break
+
+    def _views_between(self, region: set[Node], readers: list[Node], split: Split) -> set[Node]:
+        """Views through which nodes of a region are read by others of it: the other addend."""
+        found: set[Node] = set()
+        stack = [i for n in readers for i in n.all_input_nodes]
+        while stack:
+            node = stack.pop()
+            if node in region or node in found or not rules.is_view(node):
+                continue
+            if not self._joins(node, split):
+                continue
+            (behind,) = node.all_input_nodes[:1]
+            stack.append(behind)
+            found.add(node)
+        # of a chain of views, all or none
+        while loose := {n for n in found if n.all_input_nodes[0] not in region | found}:
+            found -= loose
+        return found
 
     def _outlet(self, leaving: list[Node], region: set[Node], split: Split) -> Node:
         """The outside reader that keeps the largest value from staying inside."""

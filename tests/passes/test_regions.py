@@ -98,6 +98,21 @@ def test_nodes_of_a_region_are_parallel_or_sums_nobody_inside_reads():
             assert not set(node.users) & region.nodes
 
 
+@pytest.mark.parametrize("batch", [(), (2,)], ids=["rows", "views of rows"])
+def test_two_gradients_that_are_added_leave_as_one(batch: tuple[int, ...]):
+    """Those of a gated MLP's two projections; of a batch, each comes by a view of its own."""
+
+    def gated(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        wide = F.silu(F.linear(x, gate)) * F.linear(x, up)
+        return (F.linear(wide, down) ** 2).sum()
+
+    graph = joint(gated, leaf(*batch, 10, 4), leaf(32, 4), leaf(32, 4), leaf(4, 32))
+    (region,), _, axes = found(graph)
+    split = [n for n in region.backward if region.axis in axes.axes(n)]
+    (leaving,) = (n for n in split if any(u not in region.nodes for u in n.users))
+    assert leaving.target is aten.add.Tensor
+
+
 def test_constants_stay_outside():
     """They are made again wherever they are read; no loop has to give them to another."""
     graph = joint(
