@@ -38,8 +38,10 @@ def _counted_products() -> Counter[str]:
     counts: Counter[str] = Counter()
 
     def counting(way: str, add: Any) -> Any:
-        def call(buffer: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-            result = add(buffer, left, right, dtype)
+        def call(
+            buffer: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype, only: Any
+        ) -> Tensor:
+            result = add(buffer, left, right, dtype, only)
             counts[f"{way}: {left.dtype} in {result.dtype} on {result.device}"] += 1
             return result
 
