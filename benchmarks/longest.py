@@ -3,7 +3,7 @@
     python -m benchmarks.longest            # Llama-3-8B's configuration in 80 GiB; minutes
 
 What ``mstc fit`` says, for every way of training, each in a fresh process. Results go to
-benchmarks/results/longest-llama3-8b.json and docs/fit.md.
+benchmarks/results/longest-llama3-8b.json, docs/fit.md and a table of the README.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from datetime import date
 from typing import Any
 
 from benchmarks import coverage, measure, store
-from benchmarks.table import table
+from benchmarks.table import put, table
 from mstc.cli import fit
 from mstc.cli.subject import Wanted
 from mstc.quantity import format_bytes as size
@@ -24,6 +24,7 @@ from mstc.quantity import parse_bytes
 CONFIG = measure.ROOT / "benchmarks" / "configs" / "llama3-8b.json"
 RESULTS = measure.ROOT / "benchmarks" / "results" / "longest-llama3-8b.json"
 PAGE = measure.ROOT / "docs" / "fit.md"
+README = measure.ROOT / "README.md"
 _MEMORY = "80GiB"
 
 
@@ -73,6 +74,12 @@ def page(results: dict[str, Any]) -> str:
     )
 
 
+def summary(results: dict[str, Any]) -> str:
+    """The README's table."""
+    lines = [[name, f"{one['seq_len']:,}"] for name, one in results["records"].items()]
+    return table(("training with", "longest sequence, tokens"), lines)
+
+
 _PAGE = """\
 # The longest sequence that fits
 
@@ -94,8 +101,9 @@ What is in it, and what is not:
   so; attention kernels of a GPU may take them as they are. transformers' causal mask of tokens x
   tokens stands in the first two rows ({mask} at {longest:,} tokens); mst proves that it is causal
   and drops it. A model that never makes one would reach a little further in these rows.
-* Layers: few are simulated, the step is linear in them. No CUDA context, fragmentation or
-  communication.
+* Every length is simulated as itself, and so is the next one (1,024 tokens more, under the same
+  plan), which does not fit. Layers: few are simulated, the step is linear in them. No CUDA context,
+  fragmentation or communication.
 * Seconds are of two ways at once on two cores that were busy with other work as well.
 * mst with chunks of {rows:,} rows; `checkpointed` is transformers' `gradient_checkpointing_enable`.
 
@@ -120,6 +128,7 @@ def main(arguments: list[str]) -> int:
             results["records"][name] = found
     store.save(RESULTS, results)
     PAGE.write_text(page(results))
+    README.write_text(put(README.read_text(), "longest", summary(results)))
     print(page(results))
     return 0
 

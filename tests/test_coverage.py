@@ -290,6 +290,8 @@ def test_predictions_are_those_that_were_published():
 def test_longest_sequences_are_those_that_were_published():
     results = json.loads(longest.RESULTS.read_text())
     assert longest.PAGE.read_text() == longest.page(results)
+    readme = longest.README.read_text()
+    assert readme == table.put(readme, "longest", longest.summary(results))
 
 
 def test_trade_offs_are_those_that_were_published():
