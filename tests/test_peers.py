@@ -403,3 +403,4 @@ def test_what_is_published_is_what_was_measured():
             assert list(record["contenders"]) == of_case(case)
         assert "<svg" in page.picture_path(device).read_text()
     assert page.PAGE.read_text() == page.text(found)
+    assert page.README.read_text() == page.readme(found)

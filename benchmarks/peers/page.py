@@ -1,4 +1,4 @@
-"""docs/peers.md and its pictures, from the results."""
+"""docs/peers.md, its pictures and the README's table, from the results."""
 
 import json
 import math
@@ -16,9 +16,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from benchmarks import measure
 from benchmarks.peers.cases import CASES, LENGTHS
 from benchmarks.peers.contenders import BASE, CONTENDERS
-from benchmarks.table import number, table
+from benchmarks.table import number, put, table
 
 PAGE = measure.ROOT / "docs" / "peers.md"
+README = measure.ROOT / "README.md"
 DEVICES = {"cpu": "On a CPU", "cuda": "On a GPU"}
 _TITLES = {
     "linear-ce": "linear-ce: a head and its loss",
@@ -44,6 +45,12 @@ def write() -> None:
     for device, results in found.items():
         draw(results, picture_path(device))
     PAGE.write_text(text(found))
+    README.write_text(readme(found))
+
+
+def readme(found: dict[str, dict[str, Any]]) -> str:
+    """The README with the summary of the CPU's results."""
+    return put(README.read_text(), "peers", summary(found["cpu"]))
 
 
 def published() -> dict[str, dict[str, Any]]:
