@@ -230,9 +230,9 @@ Inductor fuses (`passes/liveness.py`). It chooses the loops.
 
 Memory that a kernel takes while it runs is part of both sides: for products in bfloat16, attention,
 convolutions, and sums of float32 and bfloat16. A simulation learns it by running such an op
-once (`mstc/scratch.py`), with as many threads as the measured step had: {threads}. Not every row
-was simulated anew since it does that: answers of commits before 6bd1353 are without it, and with
-one thread.
+once (`mstc/scratch.py`), with as many threads as the measured step had: {threads}. Rows in float32
+and checkpointed ones were mostly simulated before it did that (commits before 6bd1353, one thread).
+Measured and simulated steps are both of the code before keys and values took no gradient.
 
 ## Rows without a prediction, or without a measured peak
 
