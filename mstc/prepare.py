@@ -46,7 +46,7 @@ def _deferred(gm: GraphModule, options: Options, report: Report) -> DeferResult 
         return None
     try:
         result = defer_outputs(gm, min_bytes=options.min_deferred_bytes)
-    except Exception as error:  # as above
+    except Exception as error:  # a mistake of ours must not cost the user the run
         fall_back(error, report)
         return None
     report.refusals += result.refusals

@@ -89,7 +89,7 @@ class Source:
 
     kind: Literal["input", "output"]  # an argument or a result of `DeferResult.graph_module`
     index: int  # position among them
-    name: str  # for people: "L['self'].lm_head.weight", or a node's name
+    name: str  # for people: "L['self'].weight", or a node's name
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ that leads to no loss here was made to be used elsewhere, with its gradient.
 
 Not handled, and so refused: a graph that draws random numbers or writes to memory, since it would
 not compute the same when run once more; outputs that share memory with an input or another output;
-tensor subclasses; parameters that are no inputs of the graph.
+tensor subclasses and sparse tensors, as outputs or inputs; parameters that are no inputs of the
+graph.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from passes.dynamo import (
     share_memory,
     storage_nbytes,
     tensor_of,
+    value_of,
     with_outputs,
     writes_inputs,
 )
@@ -78,7 +80,7 @@ def detach_outputs(
         min_bytes: outputs smaller than this stay.
         needed: indices of outputs that must stay.
     """
-    (outputs,) = gm.graph.output_node().args
+    outputs: Any = gm.graph.output_node().args[0]
     assert isinstance(outputs, list | tuple), "a Dynamo graph returns a flat tuple"
     above = loss_sources(outputs)
     kept = [outputs[i] for i in needed]
@@ -88,18 +90,20 @@ def detach_outputs(
         if node in above and node not in kept and _is_large(node, min_bytes)
     }
     again = _why_not_again(gm) if wanted else None
+    reasons = {i: again or _why_not_apart(node, gm, outputs) for i, node in wanted.items()}
+    detached = tuple(i for i, reason in reasons.items() if reason is None)
+
+    def nbytes(indices: Collection[int]) -> int:
+        return sum({wanted[i]: storage_nbytes(wanted[i]) or 0 for i in indices}.values())
+
     refusals: list[Refusal] = []
-    detached: list[int] = []
-    for i, node in wanted.items():
-        if reason := again or _why_not_apart(node, gm, outputs):
-            subject = f"gradient of output {i} ({node.name})"
-            refusals.append(Refusal(subject, reason, source_of(node), storage_nbytes(node) or 0))
-        else:
-            detached.append(i)
-    if not detached:
-        return DetachResult(gm, (), 0, tuple(refusals))
-    nbytes = sum({wanted[i]: storage_nbytes(wanted[i]) or 0 for i in detached}.values())
-    return DetachResult(_detached(gm, detached), tuple(detached), nbytes, tuple(refusals))
+    for reason in dict.fromkeys(filter(None, reasons.values())):
+        # one for all: each layer's keys are little, and a report shows what is much
+        own = [i for i, one in reasons.items() if one == reason]
+        subject = f"gradient of output {', '.join(map(str, own))}"
+        refusals.append(Refusal(subject, reason, source_of(wanted[own[0]]), nbytes(own)))
+    graph_module = _detached(gm, detached) if detached else gm
+    return DetachResult(graph_module, detached, nbytes(detached), tuple(refusals))
 
 
 def _is_large(node: fx.Node, min_bytes: int) -> bool:
@@ -120,6 +124,9 @@ def _why_not_apart(node: fx.Node, gm: fx.GraphModule, outputs: Any) -> str | Non
 
 def _why_not_again(gm: fx.GraphModule) -> str | None:
     """Why the graph may compute something else when it is run once more."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if isinstance(value_of(node), torch.Tensor) and not is_plain(node):
+            return f"{label_of(node)}, an input, is no plain tensor: nothing tells if it changes"
     modules = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
     for module in modules:  # those that higher-order operations run (checkpoints, say) among them
         for node in module.graph.nodes:
@@ -158,17 +165,16 @@ def _share(node: fx.Node, name: str, position: int, default: float) -> object:
 
 def _detached(gm: fx.GraphModule, indices: Collection[int]) -> fx.GraphModule:
     """A copy whose outputs at `indices` are detached."""
-    (outputs,) = gm.graph.output_node().args
-    copy = with_outputs(gm, list(outputs))  # pyright: ignore[reportArgumentType]
+    outputs: Any = gm.graph.output_node().args[0]
+    copy = with_outputs(gm, list(outputs))
     output = copy.graph.output_node()
-    (results,) = output.args
-    assert isinstance(results, tuple)
+    results: Any = output.args[0]
     made: dict[fx.Node, fx.Node] = {}
     with copy.graph.inserting_before(output):
         for node in dict.fromkeys(results[i] for i in indices):
             assert isinstance(node, fx.Node)
             made[node] = copy.graph.call_method("detach", (node,))
             made[node].meta = dict(node.meta, example_value=tensor_of(node).detach())
-    output.args = (tuple(made.get(node, node) for node in results),)  # pyright: ignore
+    output.args = (tuple(made.get(node, node) for node in results),)
     copy.recompile()
     return copy

@@ -59,11 +59,7 @@ def _measured(model: nn.Module, batch: tuple[Any, ...], backend: Backend) -> Mem
     return measure_step(step, model.parameters())
 
 
-@NON_LEAF
-@pytest.mark.parametrize("backend", ["eager", "inductor", "mst"])
-@pytest.mark.parametrize("kind", [TinyLM, Tied])
-def test_as_measured(kind: type[nn.Module], backend: Backend) -> None:
-    model = kind()
+def _assert_as_measured(model: nn.Module, backend: Backend) -> None:
     batch = lm_batch(67, vocab=32)
     options = INDUCTOR if backend == "mst" else None
     simulated = simulate_step(model, *batch, backend=backend, options=options)
@@ -76,15 +72,16 @@ def test_as_measured(kind: type[nn.Module], backend: Backend) -> None:
 
 @NON_LEAF
 @pytest.mark.parametrize("backend", ["eager", "inductor", "mst"])
+@pytest.mark.parametrize("kind", [TinyLM, Tied])
+def test_as_measured(kind: type[nn.Module], backend: Backend) -> None:
+    _assert_as_measured(kind(), backend)
+
+
+@NON_LEAF
+@pytest.mark.parametrize("backend", ["eager", "inductor", "mst"])
 def test_in_bfloat16_as_measured(backend: Backend) -> None:
     """With what products take while they run, where the processor has them in bfloat16."""
-    model, batch = TinyLM(vocab=512, hidden=64).bfloat16(), lm_batch(67, vocab=32)
-    options = INDUCTOR if backend == "mst" else None
-    simulated = simulate_step(model, *batch, backend=backend, options=options)
-    torch._dynamo.reset()
-    measured = _measured(model, batch, backend)
-    assert simulated.peak_nbytes == measured.peak_nbytes
-    assert simulated.peak_intermediate_nbytes == measured.peak_intermediate_nbytes
+    _assert_as_measured(TinyLM(vocab=512, hidden=64).bfloat16(), backend)
 
 
 def test_scratch_has_a_name() -> None:
@@ -216,6 +213,17 @@ def test_code_without_kernels_computes_nothing() -> None:
 def test_emitting_is_not_a_lowering_for_users() -> None:
     with pytest.raises(mstc.OptionError, match='"inductor" or "eager"'):
         parse_options({"lowering": "emit"}, None)
+
+
+def _assert_as_measured(model: nn.Module, backend: Backend) -> None:
+    batch = lm_batch(67, vocab=32)
+    options = INDUCTOR if backend == "mst" else None
+    simulated = simulate_step(model, *batch, backend=backend, options=options)
+    torch._dynamo.reset()
+    measured = _measured(model, batch, backend)
+    assert simulated.peak_nbytes == measured.peak_nbytes
+    assert simulated.peak_intermediate_nbytes == measured.peak_intermediate_nbytes
+    assert simulated.grad_nbytes == measured.grad_nbytes
 
 
 @NON_LEAF

@@ -169,3 +169,35 @@ def test_shared_memory() -> None:
     result = detach(step, *inputs())
     assert not result.indices
     assert all("shares memory" in refusal.reason for refusal in result.refusals)
+
+
+def test_inputs_that_are_not_plain() -> None:
+    """Nothing says whether a sparse tensor is what it was at the call."""
+
+    def step(x: Tensor, w: Tensor) -> Any:
+        keys = x @ w
+        return keys.sum(), keys
+
+    gm = detach(step, *inputs()).graph_module
+    value = gm.graph.find_nodes(op="placeholder")[0].meta["example_value"]
+    gm.graph.find_nodes(op="placeholder")[0].meta["example_value"] = value.to_sparse()
+    gm.graph.output_node().args = (
+        tuple(
+            n.args[0] if n.name.startswith("detach") else n for n in gm.graph.output_node().args[0]
+        ),
+    )
+    result = detach_outputs(gm, min_bytes=256)
+    assert "is no plain tensor" in reason(result)
+
+
+def test_one_refusal_for_all() -> None:
+    """Each layer's keys are little, and together they are not."""
+
+    def step(x: Tensor, w: Tensor) -> Any:
+        keys, values = F.dropout(x @ w, 0.5), x @ w.T
+        return (keys * values).sum(), keys, values
+
+    result = detach(step, *inputs())
+    (refusal,) = result.refusals
+    assert refusal.nbytes == 2 * 8 * WIDTH * 4
+    assert refusal.subject == "gradient of output 1, 2"
