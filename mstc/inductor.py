@@ -57,6 +57,9 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir  # where compiled 
 from torch._inductor.virtualized import V  # where Inductor finds the fake mode
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import (
+    _use_lazy_graph_module,
+)  # which of its two classes of graph modules is made: Inductor's cache tells them apart
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv  # symbolic sizes of a body
 from torch.fx.graph import _BoxedCodeGen  # frees dead intermediates
@@ -302,6 +305,7 @@ def compile_body(
         V.set_fake_mode(mode),
         inductor_config.patch(dict(config)),
         hide_autocast(),
+        _use_lazy_graph_module(True),  # as under Dynamo: compiled ahead or late, one cache entry
     ):
         with mode:
             graph = make_fx(call)(*arguments)
@@ -326,6 +330,8 @@ def _fake(
     dynamic: frozenset[int],
 ) -> torch.Tensor:
     if not any(i in dynamic for dim in dims for i in dim):
+        if tensor.is_contiguous():  # whatever the strides of its dims of size one
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         return torch.empty_strided(
             tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
         )

@@ -41,7 +41,7 @@ def _chunk_flops(
     program: Program, inputs: Sequence[torch.Tensor], sizes: Sequence[int], size: int
 ) -> int:
     with FlopCounterMode(display=False) as counter:
-        values = iter(program.body(size, *sizes[1:], *program.slices(inputs, sizes, 0, size)))
+        values = iter(program.body(size, *sizes[1:], *program.first_slices(inputs, sizes, size)))
         for output in program.outputs:
             value = next(values)
             if output.kind == "matmul":

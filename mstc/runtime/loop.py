@@ -31,7 +31,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -57,27 +57,33 @@ class Slicing:
     factors: tuple[int, ...]  # the dim's axes, outermost first, as indices into the sizes
     position: int  # which of them is the loop axis
 
-    def narrow(
-        self, tensor: torch.Tensor, sizes: Sequence[int], start: int, length: int
-    ) -> torch.Tensor:
-        """One chunk's slice, its factors still apart: dims ``dim .. dim + len(factors) - 1``."""
+    def pieces(
+        self, tensor: torch.Tensor, sizes: Sequence[int], spans: Sequence[tuple[int, int]]
+    ) -> Sequence[torch.Tensor]:
+        """The chunks' slices, their factors still apart: dims ``dim .. dim + len(factors) - 1``.
+
+        Views, made in one call where `spans` (start and size of chunks) leave nothing out: one by
+        one they cost as much of the host's time as a small kernel.
+        """
         if len(self.factors) > 1:
             tensor = tensor.unflatten(self.dim, [sizes[f] for f in self.factors])
-        return tensor.narrow(self.dim + self.position, start, length)
+        axis = self.dim + self.position
+        lengths = [length for _, length in spans]
+        if sum(lengths) == tensor.shape[axis]:
+            return tensor.split_with_sizes(lengths, axis)
+        return [tensor.narrow(axis, start, length) for start, length in spans]
 
     def merge(self, tensor: torch.Tensor) -> torch.Tensor:
         if len(self.factors) > 1:
             tensor = tensor.flatten(self.dim, self.dim + len(self.factors) - 1)
         return tensor.contiguous()
 
-    def split(self, tensor: torch.Tensor, sizes: Sequence[int], length: int) -> torch.Tensor:
-        """A chunk's result with its factors apart, to be copied into `narrow` of the whole."""
+    def split(self, tensor: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        """A chunk's result with its factors apart, to be copied into its piece of the whole;
+        `sizes` are the chunk's."""
         if len(self.factors) == 1:
             return tensor
-        return tensor.unflatten(
-            self.dim,
-            [length if i == self.position else sizes[f] for i, f in enumerate(self.factors)],
-        )
+        return tensor.unflatten(self.dim, [sizes[f] for f in self.factors])
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,9 @@ def _slicing(entry: list[Any] | None) -> Slicing | None:
     return None if entry is None else Slicing(entry[0], tuple(entry[1]), entry[2])
 
 
+_Function = Callable[[Sequence[int], list[torch.Tensor]], Sequence[torch.Tensor]]
+
+
 @dataclass
 class Program:
     """A spec, parsed, with what was compiled for it so far."""
@@ -112,9 +121,7 @@ class Program:
     input_dims: tuple[tuple[tuple[int, ...], ...], ...]
     outputs: tuple[Output, ...]
     lowering: dict[str, Any]
-    compiled: dict[
-        tuple[Any, ...], Callable[[Sequence[int], list[torch.Tensor]], Sequence[torch.Tensor]]
-    ] = field(default_factory=dict)
+    compiled: dict[tuple[Any, ...], _Function] = field(default_factory=dict)
     open_bodies: dict[tuple[Any, ...], list[CompiledBody]] = field(default_factory=dict)
     seen: dict[tuple[Any, ...], tuple[tuple[int, ...], set[int]]] = field(default_factory=dict)
     """Per form of the inputs: the first sizes, and which of them have varied since."""
@@ -134,34 +141,40 @@ class Program:
         buffers: list[torch.Tensor | None] = [
             o.empty(sizes, device) if o.kind == "split" else None for o in self.outputs
         ]
-        for start, size in only(list(chunks_of(sizes[0], chunk))):
-            self._step(inputs, sizes, start, size, buffers, only)
+        spans = only(list(chunks_of(sizes[0], chunk)))
+        pieces = self._pieces(inputs, sizes, spans)
+        targets = [
+            o.slicing.pieces(b, sizes, spans) if o.slicing is not None and b is not None else ()
+            for o, b in zip(self.outputs, buffers, strict=True)
+        ]
+        functions: dict[int, _Function] = {}  # slices of one size have one form
+        for index, (_, size) in enumerate(spans):
+            own = (size, *sizes[1:])
+            if size not in functions:
+                functions[size] = self.function(own, self._slices(pieces, index))
+            # nothing here holds a chunk's values while the next body runs
+            values = iter(functions[size](own, self._slices(pieces, index)))
+            self._put(values, buffers, [t[index] if t else None for t in targets], own, only)
+            del values
         return [
             b if b is not None else o.empty(sizes, device).zero_()
             for b, o in zip(buffers, self.outputs, strict=True)
         ]
 
-    def _step(
+    def _put(
         self,
-        inputs: Sequence[torch.Tensor],
-        sizes: Sequence[int],
-        start: int,
-        size: int,
+        values: Iterator[torch.Tensor],
         buffers: list[torch.Tensor | None],
+        targets: Sequence[torch.Tensor | None],
+        sizes: Sequence[int],
         only: Callable[[list[Any]], list[Any]],
     ) -> None:
-        tensors = self.slices(inputs, sizes, start, size)
-        own = (size, *sizes[1:])
-        values = iter(self.function(own, tensors)(own, tensors))
-        del tensors
+        """Copy or add what the body made of a chunk; `sizes` are the chunk's."""
         for index, output in enumerate(self.outputs):
             value = next(values)
-            if output.slicing is not None:
-                buffer = buffers[index]
-                assert buffer is not None
-                output.slicing.narrow(buffer, sizes, start, size).copy_(
-                    output.slicing.split(value, sizes, size)
-                )
+            target = targets[index]
+            if output.slicing is not None and target is not None:
+                target.copy_(output.slicing.split(value, sizes))
             elif output.kind == "matmul":
                 buffers[index] = add_product(
                     buffers[index], value, next(values), output.dtype, only=only
@@ -169,13 +182,32 @@ class Program:
             else:
                 buffers[index] = _add(buffers[index], value, output)
 
-    def slices(
-        self, inputs: Sequence[torch.Tensor], sizes: Sequence[int], start: int, size: int
-    ) -> list[torch.Tensor]:
+    def _pieces(
+        self,
+        inputs: Sequence[torch.Tensor],
+        sizes: Sequence[int],
+        spans: Sequence[tuple[int, int]],
+    ) -> list[torch.Tensor | Sequence[torch.Tensor]]:
+        """Of every input its slices, or itself where it is whole."""
         return [
-            t if s is None else s.merge(s.narrow(t, sizes, start, size))
+            t if s is None else s.pieces(t, sizes, spans)
             for t, s in zip(inputs, self.inputs, strict=True)
         ]
+
+    def _slices(
+        self, pieces: Sequence[torch.Tensor | Sequence[torch.Tensor]], index: int
+    ) -> list[torch.Tensor]:
+        """What the body gets for one chunk."""
+        return [
+            p if isinstance(p, torch.Tensor) else cast("Slicing", s).merge(p[index])
+            for p, s in zip(pieces, self.inputs, strict=True)
+        ]
+
+    def first_slices(
+        self, inputs: Sequence[torch.Tensor], sizes: Sequence[int], size: int
+    ) -> list[torch.Tensor]:
+        """What the body gets for a chunk of `size` positions."""
+        return self._slices(self._pieces(inputs, sizes, [(0, size)]), 0)
 
     # -- compiling
 
@@ -199,8 +231,8 @@ class Program:
             kernels are built. Only then another thread may find the body.
         """
         waits: list[Callable[[], None]] = []
-        for start, size in chunks_of(sizes[0], chunk):
-            tensors = self.slices(inputs, sizes, start, size)
+        for size in dict.fromkeys(size for _, size in chunks_of(sizes[0], chunk)):
+            tensors = self.first_slices(inputs, sizes, size)
             key = (size, *sizes[1:]), _form(tensors)
             if key in self.compiled or (id(self), key) in started:
                 continue
@@ -230,9 +262,7 @@ class Program:
             if body not in bodies:
                 bodies.append(body)
 
-    def function(
-        self, sizes: tuple[int, ...], tensors: list[torch.Tensor]
-    ) -> Callable[[Sequence[int], list[torch.Tensor]], Sequence[torch.Tensor]]:
+    def function(self, sizes: tuple[int, ...], tensors: list[torch.Tensor]) -> _Function:
         """The body for these sizes; compiled now if it is the first call of its kind."""
         key = sizes, _form(tensors)
         found = self.compiled.get(key)
@@ -246,7 +276,7 @@ class Program:
 
     def _compile(
         self, sizes: tuple[int, ...], form: tuple[Any, ...], tensors: list[torch.Tensor]
-    ) -> Callable[[Sequence[int], list[torch.Tensor]], Sequence[torch.Tensor]]:
+    ) -> _Function:
         if self.lowering["kind"] == "eager" or self.failure is not None:
             return self._eagerly
         first, varied = self.seen.setdefault(form, (sizes, set()))

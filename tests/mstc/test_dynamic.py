@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ from torch._dynamo.utils import counters
 
 import mstc
 from mstc import history
+from mstc.runtime import loop
 from tests.models import (
     EAGER,
+    INDUCTOR,
     MLP,
     TinyLM,
     assert_no_fallback,
@@ -236,18 +239,34 @@ def test_the_number_of_compilations_is_that_of_inductors_road() -> None:
     assert counts[0] == counts[1] == 2
 
 
+def test_nothing_is_compiled_again_over_fifty_lengths() -> None:
+    """Through Inductor, bodies and all: the first length, the first other one, and no more."""
+    model = TinyLM(hidden=8, vocab=64)
+    call = torch.compile(model, backend="mst", options=INDUCTOR)
+    random = Random(0)
+    lengths = [random.randint(2, 200) for _ in range(50)]
+    assert len({length % 32 for length in lengths}) > 20  # last chunks of many sizes
+    after: list[tuple[int, int, int]] = []
+    for length in lengths:
+        call(*lm_batch(2, length, vocab=64)).backward()
+        lowered = counters["inductor"]["fxgraph_cache_miss"]
+        after.append((_compiles(), loop.counters.bodies_compiled, lowered))
+    assert after[2:] == after[2:3] * 48
+    assert after[-1][0] - after[0][0] == 1
+
+
 def test_chunks_are_of_rows_whatever_the_length() -> None:
     """The size of a chunk is fixed when the graph is compiled; its number follows the length."""
     model = TinyLM()
     call = compile_mst(model, dynamic=True, chunk_rows=8)
     steps: list[int] = []
-    original = mstc.runtime.loop.Program._step
+    original = mstc.runtime.loop.Program._put
 
-    def step(self, *args):
-        steps.append(args[3])
-        return original(self, *args)
+    def put(self, values, buffers, targets, sizes, only):
+        steps.append(sizes[0])
+        return original(self, values, buffers, targets, sizes, only)
 
-    mstc.runtime.loop.Program._step = step
+    mstc.runtime.loop.Program._put = put
     try:
         for length in (16, 64, 160):
             steps.clear()
@@ -255,7 +274,7 @@ def test_chunks_are_of_rows_whatever_the_length() -> None:
                 call(*lm_batch(1, length))
             assert max(steps) <= 8
     finally:
-        mstc.runtime.loop.Program._step = original
+        mstc.runtime.loop.Program._put = original
 
 
 @pytest.mark.parametrize("length", [1, 2])
