@@ -22,6 +22,7 @@ from benchmarks import (
     store,
     table,
     tradeoff,
+    tradeoff_page,
     zoo,
 )
 from benchmarks.zoo import ZOO
@@ -296,11 +297,14 @@ def test_longest_sequences_are_those_that_were_published():
 
 def test_trade_offs_are_those_that_were_published():
     """docs/tradeoff.md is made of the results, and every row has all contenders."""
-    results = json.loads(tradeoff.RESULTS.read_text())
-    for record in results["records"].values():
-        assert set(record["contenders"]) == {"inductor", *tradeoff.SETTINGS}
-    assert tradeoff.PAGE.read_text() == tradeoff.page(results)
-    assert "<svg" in tradeoff.PICTURE.read_text()
+    studies = tradeoff.LENGTHS, tradeoff.EVERY
+    lengths, every = (json.loads(study.results.read_text()) for study in studies)
+    for study, results in zip(studies, (lengths, every), strict=True):
+        for record in results["records"].values():
+            assert set(record["contenders"]) == {"inductor", *study.settings}
+    assert tradeoff_page.PAGE.read_text() == tradeoff_page.page(lengths, every)
+    for picture in (tradeoff_page.PICTURE, tradeoff_page.EVERY_PICTURE):
+        assert "<svg" in picture.read_text()
 
 
 def test_a_row_above_the_limit_is_measured_three_times(

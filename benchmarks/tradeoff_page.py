@@ -1,0 +1,201 @@
+"""docs/tradeoff.md and its pictures, from the results of `benchmarks.tradeoff`."""
+
+from collections.abc import Iterable, Sequence
+from statistics import geometric_mean, median
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")  # files only: no display is needed
+import matplotlib.pyplot as plt
+
+from benchmarks import measure, zoo
+from benchmarks.table import table
+
+PAGE = measure.ROOT / "docs" / "tradeoff.md"
+PICTURE = PAGE.with_suffix(".svg")
+EVERY_PICTURE = PAGE.with_name("tradeoff-every.svg")
+_BASE = "inductor"
+_ORANGE = "#d9822b"
+_COLUMNS = 6  # panels in a row, where there is one for every architecture
+
+SLOWER = 1.02  # of Inductor's time: what the default should not be above
+
+Point = tuple[float, float]  # time and peak, relative to Inductor's
+
+
+def points(record: dict[str, Any]) -> dict[str, Point]:
+    """Contender -> (time, peak), relative to Inductor's; the failed are left out."""
+    found = record["contenders"]
+    base = found[_BASE]
+    return {
+        name: (
+            median(one["rounds_s"]) / median(base["rounds_s"]),
+            one["peak_nbytes"] / base["peak_nbytes"],
+        )
+        for name, one in found.items()
+        if "rounds_s" in one
+    }
+
+
+def _draw_row(axes: Any, record: dict[str, Any], color: Any, label: str) -> None:
+    """The settings as a line, the default as a star."""
+    found = points(record)
+    line = [point for name, point in found.items() if name not in (_BASE, "auto")]
+    axes.plot(*zip(*line, strict=True), "o-", color=color, markersize=3.5, linewidth=1, label=label)
+    if "auto" in found:
+        axes.plot(*found["auto"], "*", color=color, markersize=13)
+
+
+def _panel(axes: Any, title: str) -> None:
+    axes.plot(1, 1, "s", color=_ORANGE, markersize=7, label="Inductor")
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_ylim(0, 1.15)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(figure: Any, axes: Any, columns: int) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    star = plt.Line2D([], [], marker="*", linestyle="", color="#444444", markersize=11)
+    figure.legend(
+        [*handles, star], [*labels, 'mst, "auto"'], loc="outside lower center", ncols=columns,
+        frameon=False,
+    )  # fmt: skip
+
+
+def draw_lengths(records: dict[str, dict[str, Any]]) -> None:
+    """docs/tradeoff.svg: one panel per model, one line per length."""
+    models = list(dict.fromkeys(key.split("/")[0] for key in records))
+    lengths = sorted({int(key.split("/")[1]) for key in records})
+    colors = plt.get_cmap("viridis")([0.85 - 0.8 * i / len(lengths) for i in range(len(lengths))])
+    figure, grid = plt.subplots(
+        1, len(models), figsize=(4.4 * len(models), 4.2), sharey=True, layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    for axes, model in zip(grid[0], models, strict=True):
+        _panel(axes, model)
+        for tokens, color in zip(lengths, colors, strict=True):
+            if record := records.get(f"{model}/{tokens}"):
+                _draw_row(axes, record, color, f"{tokens:,} tokens")
+        axes.set_xlabel("time per step, Inductor = 1")
+    grid[0][0].set_ylabel("peak with gradients, Inductor = 1")
+    _legend(figure, grid[0][0], 3)
+    figure.savefig(PICTURE)
+    plt.close(figure)
+
+
+def draw_every(records: dict[str, dict[str, Any]]) -> None:
+    """docs/tradeoff-every.svg: one panel per architecture."""
+    rows = -(-len(records) // _COLUMNS)
+    figure, grid = plt.subplots(
+        rows, _COLUMNS, figsize=(2.3 * _COLUMNS, 1.9 * rows), sharex=True, sharey=True,
+        layout="constrained", squeeze=False,
+    )  # fmt: skip
+    color = plt.get_cmap("viridis")(0.3)
+    for axes, (key, record) in zip(grid.flat, records.items(), strict=False):
+        _panel(axes, zoo.ZOO[key.split("/")[0]].title)
+        _draw_row(axes, record, color, "mst, settings of a budget")
+    for axes in list(grid.flat)[len(records) :]:
+        axes.set_visible(False)
+    figure.supxlabel("time per step, Inductor = 1", fontsize=10)
+    figure.supylabel("peak with gradients, Inductor = 1", fontsize=10)
+    _legend(figure, grid[0][0], 3)
+    figure.savefig(EVERY_PICTURE)
+    plt.close(figure)
+
+
+def page(lengths: dict[str, Any], every: dict[str, Any]) -> str:
+    """docs/tradeoff.md."""
+    return _PAGE.format(
+        where=_where(lengths),
+        table=_table(lengths),
+        every_where=_where(every),
+        every_table=_table(every),
+        every_line=_line(every),
+    )
+
+
+def _where(results: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    threads = results["threads"]
+    plural = "" if threads == 1 else "s"
+    return f"{results['device']}, {threads} thread{plural}; {versions}; {results['date']}"
+
+
+def _settings(results: dict[str, Any]) -> Sequence[str]:
+    names: Iterable[str] = (n for r in results["records"].values() for n in r["contenders"])
+    return [name for name in dict.fromkeys(names) if name != _BASE]
+
+
+def _table(results: dict[str, Any]) -> str:
+    settings = _settings(results)
+    lines: list[list[str]] = []
+    for key, record in results["records"].items():
+        model, tokens = key.split("/")
+        architecture = zoo.ZOO[model]
+        own = architecture.at(zoo.ROW)
+        size = f"{int(tokens):,}" if int(tokens) else f"{own.rows} x {own.tokens:,}"
+        found = points(record)
+        base = record["contenders"][_BASE]["peak_nbytes"] / 2**20
+        cells = [
+            f"{found[name][1]:.2f} / {found[name][0]:.2f}" if name in found else "failed"
+            for name in settings
+        ]
+        lines.append([architecture.title, size, f"{base:,.0f}", *cells])
+    return table(("model", "tokens", "Inductor MiB", *settings), lines)
+
+
+def _line(results: dict[str, Any]) -> str:
+    """The default's times over all rows, in words."""
+    found = {key: points(r) for key, r in results["records"].items()}
+    auto = {key.split("/")[0]: p["auto"] for key, p in found.items() if "auto" in p}
+    slow = [model for model, (time, _) in auto.items() if time > SLOWER]
+    worst = max(auto, key=lambda model: auto[model][0])
+    times, peaks = zip(*auto.values(), strict=True)
+    return (
+        f"{len(auto)} rows; the default's time is {geometric_mean(times):.2f} and its peak "
+        f"{geometric_mean(peaks):.2f} of Inductor's (geometric means); its time is above {SLOWER} "
+        f"in {len(slow)} rows (worst: {zoo.ZOO[worst].title}, {auto[worst][0]:.2f})."
+    )
+
+
+_PAGE = """\
+# What memory costs
+
+Every point is a training step that was compiled and measured; the lines go through settings of the
+planner and the partitioner as `options={{"memory_budget": ...}}` makes them, the star is the
+default. Models are those of the [coverage table](coverage.md), in float32. Peaks hold the gradients
+and are exact; times are medians of steps in alternation. Peak / time, relative to Inductor's.
+
+## Two models at four lengths
+
+![peak against time, per model and length](tradeoff.svg)
+
+One sequence. Made by `python -m benchmarks.tradeoff`; {where}.
+
+{table}
+
+0.25 to 1: chunks as large as a target between no loops (0) and the smallest chunks that are fast
+(1) allows. *Recomputed*: AOTAutograd's `activation_memory_budget` of 0.2 besides. *Below*: chunks a
+quarter as large as is fast, and an `activation_memory_budget` of 0.05. What is computed again
+between loops costs more time than anything else and saves least, so a budget comes to it last.
+
+## Every architecture
+
+![peak against time, per architecture](tradeoff-every.svg)
+
+At the sizes of the coverage table. Made by `python -m benchmarks.tradeoff --every`; {every_where}.
+{every_line}
+
+*Finer*: chunks a quarter as large as is fast.
+
+{every_table}
+"""
+
+
+def write(lengths: dict[str, Any], every: dict[str, Any]) -> None:
+    """The page and both pictures."""
+    draw_lengths(lengths["records"])
+    draw_every(every["records"])
+    PAGE.write_text(page(lengths, every))
