@@ -44,18 +44,22 @@ def run_fresh(
     show: bool = False,
     timeout_s: float = 3600,
     kernels: Path | None = None,
+    caches: Path | None = None,
     share: bool = False,
 ) -> dict[str, Any]:
     """Run `python -m module --worker job.json result.json` with cold compile caches.
 
     `show` lets the worker write to our stdout (its progress); warnings on stderr stay unseen. Into
     `kernels`, a folder, go Inductor's C++ kernels, which it finds again by their source: compile
-    times are then not cold. With `share`, the worker begins at work (see benchmarks/quiet.py).
+    times are then not cold. `caches` is a folder for all that PyTorch keeps. With `share`, the
+    worker begins at work (see benchmarks/quiet.py).
     """
     with tempfile.TemporaryDirectory(prefix="mstc-bench-") as folder:
         job_path, result_path = Path(folder, "job.json"), Path(folder, "result.json")
         job_path.write_text(json.dumps(job))
         environment = cold_caches(Path(folder), kernels)
+        if caches is not None:
+            environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(caches)}
         at_work = ["-m", "benchmarks.quiet", module] if share else ["-m", module]
         command = [sys.executable, *at_work, "--worker", str(job_path), str(result_path)]
         try:

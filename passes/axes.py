@@ -472,12 +472,15 @@ class Axes:
         return "tally" if counts else "parallel"
 
 
-def analyze_axes(graph: Graph, find_rule: Callable[[Node], Rule | None]) -> Axes:
+def analyze_axes(
+    graph: Graph, find_rule: Callable[[Node], Rule | None], *, freeze: bool = True
+) -> Axes:
     """Give every dim of every tensor in `graph` its axes.
 
     Args:
         graph: a functional aten graph whose nodes carry fake values in ``meta["val"]``.
         find_rule: the table of op rules, `passes.rules.find_rule`.
+        freeze: False where only the cuts are wanted, until `Axes.freeze` is called.
     """
     table = AxisTable()
     facts = Axes(table)
@@ -505,7 +508,8 @@ def analyze_axes(graph: Graph, find_rule: Callable[[Node], Rule | None]) -> Axes
             op = _understood(call, op)
         facts.cuts += call.cuts
         facts.record(node, op or OpAxes(call.all_fresh(), opaque=True))
-    facts.freeze()
+    if freeze:
+        facts.freeze()
     return facts
 
 

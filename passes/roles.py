@@ -53,7 +53,7 @@ def separate(graph: Graph, *, min_bytes: int) -> tuple[Graph, Axes]:
         graph: a functional aten graph; left as it is.
         min_bytes: smallest value that is worth it.
     """
-    uncut = axes = analyze_axes(graph, find_rule)
+    uncut = axes = analyze_axes(graph, find_rule, freeze=False)
     current = graph
     for _ in range(_ROUNDS):
         for wanted in (axes.cuts, axes.late_cuts):
@@ -61,10 +61,13 @@ def separate(graph: Graph, *, min_bytes: int) -> tuple[Graph, Axes]:
             if cuts:
                 break
         else:
-            return current, axes
+            break
         current = _with_cuts(current, {(c.reader, c.operand): c.dim for c in cuts})
-        axes = analyze_axes(current, find_rule)
-    return graph, uncut
+        axes = analyze_axes(current, find_rule, freeze=False)
+    else:
+        current, axes = graph, uncut
+    axes.freeze()
+    return current, axes
 
 
 def _with_cuts(graph: Graph, cuts: dict[tuple[Node, Node], int]) -> Graph:

@@ -13,6 +13,7 @@ from torch import nn
 
 from benchmarks import (
     accuracy,
+    compile_time,
     coverage,
     coverage_table,
     longest,
@@ -293,6 +294,14 @@ def test_longest_sequences_are_those_that_were_published():
     assert longest.PAGE.read_text() == longest.page(results)
     readme = longest.README.read_text()
     assert readme == table.put(readme, "longest", longest.summary(results))
+
+
+def test_compile_times_are_those_that_were_published():
+    results = json.loads(compile_time.RESULTS.read_text())
+    readme = compile_time.README.read_text()
+    assert readme == table.put(readme, "compile", compile_time.summary(results))
+    for record in results["records"].values():
+        assert all(one["lowered"] == 0 for one in record["mst"]["warm"])
 
 
 def test_trade_offs_are_those_that_were_published():
