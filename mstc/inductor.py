@@ -308,7 +308,7 @@ def compile_body(
         _use_lazy_graph_module(True),  # as under Dynamo: compiled ahead or late, one cache entry
     ):
         with mode:
-            graph = make_fx(call)(*arguments)
+            graph = make_fx(call, _STRETCHED if open_sizes else None)(*arguments)
         graph = joint_graph_passes(graph)
         (output,) = graph.graph.find_nodes(op="output")
         output.meta[
@@ -321,6 +321,19 @@ def compile_body(
     guards += [sympy.Eq(s, r) for s, r in shape_env.replacements.items() if s in symbols]
     kept = tuple(sympy.simplify(g) if g.free_symbols else g for g in map(sympy.sympify, guards))
     return CompiledBody(cast("Any", compiled), sizes, tuple(open_sizes), kept, symbols)
+
+
+def _baddbmm(bias: torch.Tensor, left: torch.Tensor, right: torch.Tensor, **scales: Any) -> Any:
+    """The bias stretched beforehand: PyTorch's own shape function cannot stretch one of fixed
+    sizes to a size that is left open (positions biases of a fixed number of keys)."""
+    shape = left.shape[0], left.shape[1], right.shape[2]
+    sizes = [s for s in bias.shape if isinstance(s, int)]
+    if len(sizes) < bias.dim() or all(isinstance(s, int) for s in shape) or 1 not in sizes:
+        return NotImplemented  # as it is
+    return torch.ops.aten.baddbmm.default(bias.expand(shape), left, right, **scales)
+
+
+_STRETCHED: dict[Any, Callable[..., Any]] = {torch.ops.aten.baddbmm.default: _baddbmm}
 
 
 def _fake(

@@ -16,7 +16,8 @@ Per chunk: narrow the split inputs (no copy where the slice is contiguous), run 
 copy split outputs into buffers allocated once, add sums and products in place. Bodies are compiled
 once per distinct text and sizes, ahead of their first use where the sizes are known
 (`prepare_bodies`); when a second size comes, the sizes that differ are left open, so that two
-compiles serve any lengths.
+compiles serve any lengths. Where Inductor cannot leave them open, a few sizes are compiled one by
+one.
 
 A body that Inductor cannot compile is run op by op: as exact, as small, slower. That is said once,
 by a warning and in the report.
@@ -41,6 +42,8 @@ from mstc.inductor import CompiledBody, PendingKernels, compile_body, hide_autoc
 from mstc.runtime.product import add_product
 
 log = logging.getLogger(__name__)
+
+_MOST_CLOSED = 8  # sizes that a body is compiled for one by one, where none can be left open
 
 _LIBRARY = torch.library.Library("mst", "FRAGMENT")
 _LIBRARY.define(
@@ -110,6 +113,7 @@ def _slicing(entry: list[Any] | None) -> Slicing | None:
 
 
 _Function = Callable[[Sequence[int], list[torch.Tensor]], Sequence[torch.Tensor]]
+_Started = dict[tuple[int, tuple[Any, ...]], _Function]  # by program and key
 
 
 @dataclass
@@ -125,6 +129,8 @@ class Program:
     open_bodies: dict[tuple[Any, ...], list[CompiledBody]] = field(default_factory=dict)
     seen: dict[tuple[Any, ...], tuple[tuple[int, ...], set[int]]] = field(default_factory=dict)
     """Per form of the inputs: the first sizes, and which of them have varied since."""
+    closed: dict[tuple[Any, ...], Exception] = field(default_factory=dict)
+    """Forms that Inductor cannot compile with sizes left open, and why."""
     failure: BaseException | None = None
 
     def run(
@@ -216,7 +222,7 @@ class Program:
         inputs: Sequence[torch.Tensor],
         sizes: Sequence[int],
         chunk: int,
-        started: set[tuple[Any, ...]],
+        started: _Started,
     ) -> list[Callable[[], None]]:
         """Compile for a call that is to come.
 
@@ -224,7 +230,7 @@ class Program:
             inputs: fake tensors. Should the real ones have other strides, the body is compiled
                 once more, on first use.
             sizes, chunk: as for `run`.
-            started: what this round has begun to compile, for equal layers; added to.
+            started: the bodies that this round has begun to compile, for equal layers; added to.
 
         Returns:
             What is left to do, once other bodies have been prepared as well: calls that wait until
@@ -234,15 +240,23 @@ class Program:
         for size in dict.fromkeys(size for _, size in chunks_of(sizes[0], chunk)):
             tensors = self.first_slices(inputs, sizes, size)
             key = (size, *sizes[1:]), _form(tensors)
-            if key in self.compiled or (id(self), key) in started:
+            if key in self.compiled or self._serves(key, started):
                 continue
-            started.add((id(self), key))
             pending = PendingKernels()
             on_cpu = all(t.device.type == "cpu" for t in tensors)
             with pending.collected() if on_cpu else nullcontext():
-                body = self._compile(*key, tensors)
+                body = started[id(self), key] = self._compile(*key, tensors)
             waits.append(functools.partial(self._finish, key, body, pending))
         return waits
+
+    def _serves(self, key: tuple[Any, ...], started: _Started) -> bool:
+        """Whether something that is being compiled will do for a key."""
+        sizes, form = key
+        return (id(self), key) in started or any(
+            owner == id(self) and own == form and isinstance(body, CompiledBody) and body.is_open
+            and body.accepts(sizes)
+            for (owner, (_, own)), body in started.items()
+        )  # fmt: skip
 
     def _finish(
         self, key: tuple[Any, ...], body: Callable[..., Any], pending: PendingKernels
@@ -288,19 +302,33 @@ class Program:
         strided = zip(form, self.input_dims, strict=True)
         if any(i in dynamic for f, dims in strided if f[0] is not None for d in dims for i in d):
             dynamic = []  # strides that depend on a size that varies
+        if dynamic and form not in self.closed:
+            try:
+                return self._compiled(sizes, tensors, dynamic)
+            except Exception as error:  # Inductor's errors have no common base
+                log.info("a loop body is compiled for each of its sizes", exc_info=error)
+                self.closed[form] = error
+        if form in self.closed and sum(key[1] == form for key in self.compiled) >= _MOST_CLOSED:
+            self._give_up(self.closed[form])
+            return self._eagerly
         try:
-            body = compile_body(
-                self.body,
-                sizes,
-                tensors,
-                self.input_dims,
-                dynamic,
-                self.lowering["config"],
-                build=self.lowering["kind"] != "emit",
-            )
-        except Exception as error:  # Inductor's errors have no common base
+            return self._compiled(sizes, tensors, [])
+        except Exception as error:
             self._give_up(error)
             return self._eagerly
+
+    def _compiled(
+        self, sizes: tuple[int, ...], tensors: list[torch.Tensor], dynamic: list[int]
+    ) -> CompiledBody:
+        body = compile_body(
+            self.body,
+            sizes,
+            tensors,
+            self.input_dims,
+            dynamic,
+            self.lowering["config"],
+            build=self.lowering["kind"] != "emit",
+        )
         counters.bodies_compiled += 1
         return body
 
@@ -348,7 +376,7 @@ def prepare_bodies(calls: Sequence[Call]) -> None:
     What fails here for any other reason than Inductor is left to be compiled on first use.
     """
     waits: list[Callable[[], None]] = []
-    started: set[tuple[Any, ...]] = set()
+    started: _Started = {}
     try:
         for call in calls:
             program = program_of(call.spec, call.lowering)

@@ -255,6 +255,46 @@ def test_nothing_is_compiled_again_over_fifty_lengths() -> None:
     assert after[-1][0] - after[0][0] == 1
 
 
+class PositionBias(nn.Module):
+    """Attention written out, with a bias per key that the product's own kernel adds (BLOOM)."""
+
+    def __init__(self, heads: int = 2, width: int = 8) -> None:
+        super().__init__()
+        self.heads = heads
+        self.project = nn.Linear(heads * width, 3 * heads * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.shape[0]
+        query, key, value = self.project(x).view(tokens, 3, self.heads, -1).permute(1, 2, 0, 3)
+        slopes = torch.arange(1, self.heads + 1, dtype=x.dtype).view(-1, 1, 1)
+        bias = slopes * torch.arange(tokens, dtype=x.dtype)
+        scores = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=0.3)
+        return (scores.softmax(-1) @ value).transpose(0, 1).flatten(1).square().mean()
+
+
+def test_a_last_chunk_of_another_size_beside_a_stretched_bias(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Keys have a fixed size and queries an open one."""
+    opened: list[list[int]] = []
+    compiled = loop.Program._compiled
+
+    def spy(self: loop.Program, sizes: Any, tensors: Any, dynamic: list[int]) -> Any:
+        body = compiled(self, sizes, tensors, dynamic)
+        opened.append(dynamic)
+        return body
+
+    monkeypatch.setattr(loop.Program, "_compiled", spy)
+    model = PositionBias()
+    x = torch.randn(37, 16, requires_grad=True)
+    call = torch.compile(model, backend="mst", options=INDUCTOR)
+    assert_same(train(model, call, (x,)), train(model, model, (x,)))
+    report = mstc.last_report()
+    assert any("baddbmm" in found.seed for g in report.graphs for found in g.loops)
+    assert_no_fallback([report])
+    assert opened.count([0]) == opened.count([]) == 2  # forward and backward, two sizes each
+
+
 def test_chunks_are_of_rows_whatever_the_length() -> None:
     """The size of a chunk is fixed when the graph is compiled; its number follows the length."""
     model = TinyLM()

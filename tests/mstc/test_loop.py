@@ -198,6 +198,30 @@ def check(x: Tensor, w: Tensor, chunk: int) -> None:
         torch.testing.assert_close(ours, whole)
 
 
+def test_sizes_that_cannot_be_left_open(
+    compiles: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few are compiled one by one; after that, op by op, with a warning."""
+    asked_for = loop.compile_body
+
+    def only_fixed(*arguments: Any, **options: Any) -> Any:
+        if arguments[4]:
+            raise NotImplementedError("no open sizes today")
+        return asked_for(*arguments, **options)
+
+    monkeypatch.setattr(loop, "compile_body", only_fixed)
+    w = torch.randn(5)
+    for length in range(2, 2 + loop._MOST_CLOSED):
+        check(torch.randn(length, 5), w, 100)
+        check(torch.randn(length, 5), w, 100)
+    assert compiles == [((length, 5), []) for length in range(2, 2 + loop._MOST_CLOSED)]
+    with pytest.warns(BodyCompilationWarning, match="no open sizes today"):
+        check(torch.randn(50, 5), w, 100)
+    check(torch.randn(51, 5), w, 100)
+    check(torch.randn(3, 5), w, 100)
+    assert len(compiles) == loop._MOST_CLOSED
+
+
 def test_two_compiles_serve_all_lengths(compiles: list[Any]) -> None:
     w = torch.randn(5)
     for length in (16, 19, 8, 5, 2, 17, 40, 101, 97, 0):
@@ -287,7 +311,7 @@ def test_nobody_finds_a_body_whose_kernels_are_being_built(compiles: list[Any]) 
     """Another thread with the same body would run it."""
     call = _call_of(torch.randn(11, 3), torch.randn(3), 4)
     program = loop.program_of(call.spec, call.lowering)
-    waits = program.prepare(call.inputs, call.sizes, call.chunk, set())
+    waits = program.prepare(call.inputs, call.sizes, call.chunk, {})
     assert len(waits) == len(compiles) == 2
     assert not program.compiled
     assert not any(program.open_bodies.values())
