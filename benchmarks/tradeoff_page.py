@@ -98,8 +98,8 @@ def draw_every(records: dict[str, dict[str, Any]]) -> None:
         _draw_row(axes, record, color, "mst, settings of a budget")
     for axes in list(grid.flat)[len(records) :]:
         axes.set_visible(False)
-    figure.supxlabel("time per step, Inductor = 1", fontsize=10)
-    figure.supylabel("peak with gradients, Inductor = 1", fontsize=10)
+    what = "peak with gradients, upward, against time per step, to the right; Inductor = 1"
+    figure.suptitle(what, fontsize=10)
     _legend(figure, grid[0][0], 3)
     figure.savefig(EVERY_PICTURE)
     plt.close(figure)
