@@ -19,6 +19,8 @@ _BASE = "inductor"
 _ORANGE = "#d9822b"
 _COLUMNS = 6  # panels in a row, where there is one for every architecture
 
+_LONGEST_TITLE = 24  # characters that a panel has room for
+
 SLOWER = 1.02  # of Inductor's time: what the default should not be above
 
 Point = tuple[float, float]  # time and peak, relative to Inductor's
@@ -94,7 +96,9 @@ def draw_every(records: dict[str, dict[str, Any]]) -> None:
     )  # fmt: skip
     color = plt.get_cmap("viridis")(0.3)
     for axes, (key, record) in zip(grid.flat, records.items(), strict=False):
-        _panel(axes, zoo.ZOO[key.split("/")[0]].title)
+        name = key.split("/")[0]
+        title = zoo.ZOO[name].title
+        _panel(axes, title if len(title) <= _LONGEST_TITLE else name)
         _draw_row(axes, record, color, "mst, settings of a budget")
     for axes in list(grid.flat)[len(records) :]:
         axes.set_visible(False)
@@ -156,7 +160,7 @@ def _line(results: dict[str, Any]) -> str:
     return (
         f"{len(auto)} rows; the default's time is {geometric_mean(times):.2f} and its peak "
         f"{geometric_mean(peaks):.2f} of Inductor's (geometric means); its time is above {SLOWER} "
-        f"in {len(slow)} rows (worst: {zoo.ZOO[worst].title}, {auto[worst][0]:.2f})."
+        f"in {len(slow)} of them (worst: {zoo.ZOO[worst].title}, {auto[worst][0]:.2f})."
     )
 
 
