@@ -156,12 +156,13 @@ class Program:
         functions: dict[int, _Function] = {}  # slices of one size have one form
         for index, (_, size) in enumerate(spans):
             own = (size, *sizes[1:])
+            tensors = self._slices(pieces, index)
             if size not in functions:
-                functions[size] = self.function(own, self._slices(pieces, index))
-            # nothing here holds a chunk's values while the next body runs
-            values = iter(functions[size](own, self._slices(pieces, index)))
+                functions[size] = self.function(own, tensors)
+            values = iter(functions[size](own, tensors))
+            del tensors
             self._put(values, buffers, [t[index] if t else None for t in targets], own, only)
-            del values
+            del values  # of a chunk, while the next body runs
         return [
             b if b is not None else o.empty(sizes, device).zero_()
             for b, o in zip(buffers, self.outputs, strict=True)

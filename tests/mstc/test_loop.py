@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor.async_compile import AsyncCompile
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mstc
 from mstc.errors import BodyCompilationWarning
@@ -72,6 +73,23 @@ def test_chunks_make_the_whole(length: int, chunk: int) -> None:
     x, w = torch.randn(length, 5), torch.randn(5)
     for ours, whole in zip(run(x, w, chunk), expected(x, w), strict=True):
         torch.testing.assert_close(ours, whole)
+
+
+def test_a_slice_is_copied_once_and_only_where_it_has_to_be() -> None:
+    class Copies(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.number += func is torch.ops.aten.clone.default
+            return func(*args, **(kwargs or {}))
+
+    program = loop.program_of(json.dumps(SQUARE), EAGER_LOWERING)
+    for x, copies in ((torch.randn(12, 5), 0), (torch.randn(5, 12).t(), 3)):
+        with Copies() as mode:
+            program.run([x, torch.randn(5)], [12, 5], 4)
+        assert mode.number == copies
 
 
 def test_a_last_chunk_of_one_is_avoided() -> None:
