@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu                     # about ten minutes; goes on where it stopped
     python -m benchmarks.gpu --minutes 25 --redo
-    python -m benchmarks.gpu --device cpu --size tiny --out /tmp/gpu.json     # does it run at all?
+    python -m benchmarks.gpu --device cpu --size tiny --out gpu.json          # does it run at all?
 
 Jobs, most telling first, one fresh process each (what fills the memory cannot stand beside others):
 
