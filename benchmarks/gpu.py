@@ -17,6 +17,7 @@ A contender that fails or runs out of memory has a row that says so. Errors agai
 """
 
 import argparse
+import importlib
 import re
 import sys
 import time
@@ -176,9 +177,9 @@ def _model(config: dict[str, Any], job: dict[str, Any]) -> Any:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.config.use_cache = False  # as transformers' warning says
     if contender.liger:
-        from liger_kernel.transformers import apply_liger_kernel_to_llama  # pyright: ignore
-
-        apply_liger_kernel_to_llama(model=model)
+        importlib.import_module("liger_kernel.transformers").apply_liger_kernel_to_llama(
+            model=model
+        )
     return model
 
 

@@ -124,7 +124,8 @@ def _where(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     threads = results["threads"]
     plural = "" if threads == 1 else "s"
-    return f"{results['device']}, {threads} thread{plural}; {versions}; {results['date']}"
+    where = f"{results['device']}, {threads} thread{plural}; {versions}; {results['date']}"
+    return f"{where}; {results['note']}" if "note" in results else where
 
 
 def _settings(results: dict[str, Any]) -> Sequence[str]:

@@ -84,9 +84,8 @@ def test_who_fails_says_so(monkeypatch: pytest.MonkeyPatch):
     assert "no such backend" in gpu.work(job | {"device": "cpu", "size": "tiny"})["failed"]
 
 
-def test_no_gpu_is_one_line(capsys: pytest.CaptureFixture[str]):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+def test_no_gpu_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stopped:
         gpu.main([])
     assert stopped.value.code == 2

@@ -179,8 +179,9 @@ class Program:
         """Copy or add what the body made of a chunk; `sizes` are the chunk's."""
         for index, output in enumerate(self.outputs):
             value = next(values)
-            target = targets[index]
-            if output.slicing is not None and target is not None:
+            if output.slicing is not None:
+                target = targets[index]
+                assert target is not None
                 target.copy_(output.slicing.split(value, sizes))
             elif output.kind == "matmul":
                 buffers[index] = add_product(
@@ -308,6 +309,10 @@ class Program:
                 return self._compiled(sizes, tensors, dynamic)
             except Exception as error:  # Inductor's errors have no common base
                 log.info("a loop body is compiled for each of its sizes", exc_info=error)
+                history.note(
+                    f"Inductor cannot compile a loop body with open sizes ({type(error).__name__}: "
+                    f"{error}); up to {_MOST_CLOSED} sizes are compiled one by one."
+                )
                 self.closed[form] = error
         if form in self.closed and sum(key[1] == form for key in self.compiled) >= _MOST_CLOSED:
             self._give_up(self.closed[form])

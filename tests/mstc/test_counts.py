@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -39,7 +40,8 @@ def _counts(chunk_rows: int) -> tuple[Counter[str], int]:
     (graph,) = mstc.last_report().graphs
     assert [loop.num_chunks for loop in graph.loops] == [TOKENS // chunk_rows]
     found: Counter[str] = Counter()
-    for event in trace.profiler.kineto_results.events():  # type: ignore[union-attr]
+    inner: Any = trace.profiler
+    for event in inner.kineto_results.events():
         if event.name() == "[memory]":
             found["allocations"] += event.nbytes() > 0
         elif event.name() in _PRODUCTS:

@@ -16,8 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mstc
+from mstc import history
 from mstc.errors import BodyCompilationWarning
 from mstc.inductor import PendingKernels
+from mstc.report import Report
 from mstc.runtime import loop
 from mstc.runtime.product import best_way
 from tests.models import (
@@ -224,15 +226,18 @@ def test_sizes_that_cannot_be_left_open(
 
     def only_fixed(*arguments: Any, **options: Any) -> Any:
         if arguments[4]:
-            raise NotImplementedError("no open sizes today")
+            raise RuntimeError("no open sizes today")
         return asked_for(*arguments, **options)
 
     monkeypatch.setattr(loop, "compile_body", only_fixed)
+    history.add(report := Report())
     w = torch.randn(5)
     for length in range(2, 2 + loop._MOST_CLOSED):
         check(torch.randn(length, 5), w, 100)
         check(torch.randn(length, 5), w, 100)
     assert compiles == [((length, 5), []) for length in range(2, 2 + loop._MOST_CLOSED)]
+    (note,) = report.notes
+    assert "no open sizes today); up to 8 sizes are compiled one by one" in note
     with pytest.warns(BodyCompilationWarning, match="no open sizes today"):
         check(torch.randn(50, 5), w, 100)
     check(torch.randn(51, 5), w, 100)

@@ -215,17 +215,6 @@ def test_emitting_is_not_a_lowering_for_users() -> None:
         parse_options({"lowering": "emit"}, None)
 
 
-def _assert_as_measured(model: nn.Module, backend: Backend) -> None:
-    batch = lm_batch(67, vocab=32)
-    options = INDUCTOR if backend == "mst" else None
-    simulated = simulate_step(model, *batch, backend=backend, options=options)
-    torch._dynamo.reset()
-    measured = _measured(model, batch, backend)
-    assert simulated.peak_nbytes == measured.peak_nbytes
-    assert simulated.peak_intermediate_nbytes == measured.peak_intermediate_nbytes
-    assert simulated.grad_nbytes == measured.grad_nbytes
-
-
 @NON_LEAF
 @pytest.mark.parametrize("backend", ["eager", "inductor", "mst"])
 @pytest.mark.parametrize("kind", [TinyLM, Tied])
