@@ -101,8 +101,9 @@ What is in it, and what is not:
   so; attention kernels of a GPU may take them as they are. transformers' causal mask of tokens x
   tokens stands in the first two rows ({mask} at {longest:,} tokens); mst proves that it is causal
   and drops it. A model that never makes one would reach a little further in these rows.
-* Every length is simulated as itself, and so is the next one (1,024 tokens more, under the same
-  plan), which does not fit. Layers: few are simulated, the step is linear in them. No CUDA context,
+* The length of each row is simulated as itself, under the plan for all layers of that length. That
+  the next one does not fit (1,024 tokens more; under mst {rows:,}, a chunk) is computed from the
+  sizes of its buffers. Layers: few are simulated, the step is linear in them. No CUDA context,
   fragmentation or communication.
 * Seconds are of two ways at once on two cores that were busy with other work as well.
 * mst with chunks of {rows:,} rows; `checkpointed` is transformers' `gradient_checkpointing_enable`.

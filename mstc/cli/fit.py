@@ -8,8 +8,9 @@ Algorithm
     1. The step of a length is simulated with that length, not with an open one: a planner, and
        Inductor, may decide otherwise where they do not know it. Of a configuration of many equal
        layers few are simulated (`mstc.cli.layers`), which tests hold to be exact.
-    2. Steps are nearly linear in the length. Lengths are tried where the line through the nearest
-       known ones meets the room, until one fits and the next one does not: three to six of them.
+    2. From the step of one length those of others are computed, buffer by buffer
+       (`mstc.cli.lengths`). The longest that has room is simulated, too, and is the answer if its
+       step is what was computed, to the byte.
     3. Under mst, loops are those of a plan: a planner that sees few layers may decide otherwise
        than for all of them. First the plan for few layers is tried; then that for all layers at
        the length found, until a length has the plan that it was found with.
@@ -36,7 +37,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from mstc.cli.layers import depths, options_of, step_of_all
+from mstc.cli.layers import Step, depths, extrapolate, options_of, step_of, step_of_all
+from mstc.cli.lengths import GRAIN, at_length, longest_computed, longest_tried, probe_of
 from mstc.cli.subject import Subject, SubjectError, Wanted, load_subject
 from mstc.driver import MIN_ROWS
 from mstc.explain import explain
@@ -46,9 +48,7 @@ from passes.records import FixedLoop
 
 CHUNK_ROWS = MIN_ROWS["cuda"]  # of every loop: the fewest at which a GPU is busy
 OPTIMIZERS = {"none": 0, "sgd": 0, "momentum": 1, "adamw": 2}  # states per weight
-_FIRST = 16384  # tokens that are tried first
-GRAIN = 1024  # tokens, to which an answer is rounded down
-_MOST = 1 << 26  # tokens; nobody asks for more
+_LARGE = 8  # chunks, from which on the lengths under mst are whole numbers of chunks
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def fit(model: str, memory: int, wanted: Wanted, way: Way, optimizer: str = "ada
     Raises:
         SubjectError: the model cannot be used, or its batch does not depend on the length.
     """
-    wanted = replace(wanted, seq_len=_FIRST, checkpoint=way.checkpoint)
+    wanted = replace(wanted, seq_len=GRAIN, checkpoint=way.checkpoint)
     whole = load_subject(model, wanted)
     if not _depends_on_length(whole):
         raise SubjectError(
@@ -108,16 +108,16 @@ def fit(model: str, memory: int, wanted: Wanted, way: Way, optimizer: str = "ada
         return Fit(way, None, 0, state)
     steps = _Steps(model, wanted, way, whole)
     if way.backend != "mst":
-        longest = _longest(steps.peak, room, weights)
-        return Fit(way, longest, steps.peak(longest or GRAIN), state)
+        longest, peak = steps.longest(room, weights)
+        return Fit(way, longest, peak, state)
     with TemporaryDirectory() as folder:
         planner = _Planner(Path(folder), way, whole)
         few = depths(whole)
         first = load_subject(model, replace(wanted, num_layers=few[1])) if few else whole
         longest = _consistent(
-            lambda plan: _longest(partial(steps.peak, plan=plan), room, weights),
+            lambda plan: steps.longest(room, weights, plan)[0],
             planner.plan_of,
-            planner.made_for(first, _FIRST),
+            planner.made_for(first, steps.probe or GRAIN),
         )
         # a chunk divides its length: the plan of this very length may have others
         peak = steps.peak(longest or GRAIN, planner.plan_of(longest or GRAIN))
@@ -132,6 +132,7 @@ class _Plan:
     """What the planner decided."""
 
     loops: frozenset[FixedLoop] | None  # of any length and chunk; None: the graph is untouched
+    chunks: frozenset[FixedLoop] = field(compare=False)  # the same with their chunks
     options: dict[str, Any] = field(compare=False)  # under which that is done again
 
 
@@ -151,8 +152,9 @@ class _Planner:
         args, kwargs = subject.batch_of(seq_len)
         report = explain(subject.model, *args, options=self._way.options, **kwargs)
         options = options_of(report, self._folder / f"{subject.num_layers}-{seq_len}.json")
-        loops = (replace(loop, axis_length=1, chunk=1) for loop in report.fixed_loops())
-        return _Plan(frozenset(loops) if "plan" in options else None, options)
+        chunks = frozenset(replace(loop, axis_length=1) for loop in report.fixed_loops())
+        loops = frozenset(replace(loop, chunk=1) for loop in chunks)
+        return _Plan(loops if "plan" in options else None, chunks, options)
 
 
 def _consistent(
@@ -169,12 +171,33 @@ def _consistent(
 
 
 class _Steps:
-    """Peaks of steps in one way of training."""
+    """Steps in one way of training."""
 
     def __init__(self, model: str, wanted: Wanted, way: Way, whole: Subject) -> None:
         self._model, self._wanted, self._way = model, wanted, way
         self._few, self._depth = depths(whole), whole.num_layers
-        self._known: dict[tuple[int, str], int] = {}
+        self._traces: dict[tuple[int | None, int, frozenset[FixedLoop] | None], SimulatedTrace] = {}
+        self._computed: dict[tuple[int, frozenset[FixedLoop] | None], int] = {}
+        self.probe = probe_of(whole.model, CHUNK_ROWS, (wanted.batch_size,))
+
+    def longest(self, room: int, least: int, plan: _Plan | None = None) -> tuple[int | None, int]:
+        """The longest length that has room, and the bytes of its step (or of the shortest one's).
+
+        Args:
+            room: bytes.
+            least: of a step without tokens, about.
+            plan: to be replayed.
+        """
+        peak = partial(self.peak, plan=plan)
+        found = None
+        if self.probe is not None:
+            found, few = self._longest_computed(room, plan)
+            if found and self._is_as_computed(found, few, plan):
+                step = self._of_probe(found, plan).peak_nbytes
+                self._computed[found, plan and plan.chunks] = step
+                return found, step
+        longest = longest_tried(peak, room, least, found or GRAIN)
+        return longest, peak(longest or GRAIN)
 
     def peak(self, seq_len: int, plan: _Plan | None = None) -> int:
         """Bytes, gradients included.
@@ -183,17 +206,70 @@ class _Steps:
             seq_len: tokens per sequence.
             plan: to be replayed.
         """
-        options = plan.options if plan else self._way.options
-        key = seq_len, str(options)
-        if key not in self._known:
-            trace = partial(self._trace, seq_len=seq_len, options=options)
-            if self._few is None or self._depth is None:
-                self._known[key] = trace(None).peak_nbytes
-            else:
-                self._known[key] = step_of_all(trace, self._few, self._depth).peak_nbytes
-        return self._known[key]
+        key = seq_len, plan and plan.chunks
+        if key not in self._computed:
+            step = self._all_layers(lambda depth: self._trace(depth, seq_len, plan))
+            self._computed[key] = step.peak_nbytes
+        return self._computed[key]
 
-    def _trace(
+    def _floor(self, seq_len: int) -> int:
+        """Under mst whole chunks, so that no chunk has another size than the probe's."""
+        rows = CHUNK_ROWS if self._way.backend == "mst" else GRAIN
+        grain = rows if seq_len >= _LARGE * rows else GRAIN
+        return seq_len // grain * grain
+
+    def _longest_computed(
+        self, room: int, plan: _Plan | None
+    ) -> tuple[int, tuple[int, int] | None]:
+        """The longest length that has room as far as the probe says, and the depths it was computed
+        from: those that the step at the length found is found from."""
+        few = self._few
+
+        def peak(seq_len: int) -> int:
+            if few is None or self._depth is None:
+                return self._of_probe(seq_len, plan).peak_nbytes
+            traces = [self._scaled(depth, seq_len, plan) for depth in few]
+            return extrapolate(traces, few, self._depth).peak_nbytes
+
+        while True:
+            found = longest_computed(peak, room, self._floor)
+            step = self._of_probe(found or GRAIN, plan)
+            if step.simulated == few:
+                return found, few
+            few = step.simulated
+
+    def _of_probe(self, seq_len: int, plan: _Plan | None) -> Step:
+        """A step, computed from the probe's."""
+        return self._all_layers(lambda depth: self._scaled(depth, seq_len, plan))
+
+    def _scaled(self, depth: int | None, seq_len: int, plan: _Plan | None) -> SimulatedTrace:
+        assert self.probe is not None
+        return at_length(self._trace(depth, self.probe, plan), self.probe, seq_len)
+
+    def _is_as_computed(
+        self, seq_len: int, few: tuple[int, int] | None, plan: _Plan | None
+    ) -> bool:
+        """Whether a step is what was computed; of two depths, the deeper one."""
+        deeper = few and few[1]
+        computed, step = self._scaled(deeper, seq_len, plan), self._trace(deeper, seq_len, plan)
+        return (step.peak_nbytes, step.peak_intermediate_nbytes) == (
+            computed.peak_nbytes,
+            computed.peak_intermediate_nbytes,
+        )
+
+    def _all_layers(self, trace: Callable[[int | None], SimulatedTrace]) -> Step:
+        if self._few is None or self._depth is None:
+            return step_of(trace(None))
+        return step_of_all(trace, self._few, self._depth)
+
+    def _trace(self, num_layers: int | None, seq_len: int, plan: _Plan | None) -> SimulatedTrace:
+        key = num_layers, seq_len, plan and plan.chunks
+        if key not in self._traces:
+            options = plan.options if plan else self._way.options
+            self._traces[key] = self._simulated(num_layers, seq_len, options)
+        return self._traces[key]
+
+    def _simulated(
         self, num_layers: int | None, seq_len: int, options: dict[str, Any] | None
     ) -> SimulatedTrace:
         wanted = replace(self._wanted, num_layers=num_layers, seq_len=seq_len)
@@ -225,44 +301,6 @@ def fit_all(model: str, memory: int, wanted: Wanted, optimizer: str = "adamw") -
             raise
         found += [one.result() for one in later]
     return sorted(found, key=lambda one: WAYS.index(one.way))
-
-
-def _longest(step: Callable[[int], int], room: int, least: int) -> int | None:
-    """The longest length, a multiple of `GRAIN`, whose step has room; a `GRAIN` more has none.
-
-    Args:
-        step: bytes of the step of a length; it may be asked for the same one again.
-        room: bytes.
-        least: of a step without tokens, about: where the line through one length begins.
-    """
-    low, low_bytes = 0, least
-    slope = 0.0  # bytes per token, of the line that is followed as long as lengths fit
-    high, high_bytes = _FIRST, step(_FIRST)
-    while high_bytes <= room:
-        if high >= _MOST:
-            return high
-        slope = (high_bytes - low_bytes) / (high - low)
-        low, low_bytes = high, high_bytes
-        further = int((room - low_bytes) / slope) if slope > 0 else _MOST
-        high = _grains(min(low + further, 8 * low, _MOST), low + GRAIN, _MOST)
-        high_bytes = step(high)
-    halve = False
-    while (width := high - low) > GRAIN:
-        # nearly linear in between: where the line meets the room; half the way if that gains little
-        share = 0.5 if halve else (room - low_bytes) / max(high_bytes - low_bytes, 1)
-        guess = low + int(width * min(max(share, 0), 1))
-        middle = _grains(guess, low + GRAIN, high - GRAIN)
-        found = step(middle)
-        if found <= room:
-            low, low_bytes = middle, found
-        else:
-            high, high_bytes = middle, found
-        halve = not halve and high - low > width / 2
-    return low or None
-
-
-def _grains(length: int, least: int, most: int) -> int:
-    return min(max(GRAIN * (length // GRAIN), least), most)
 
 
 def _depends_on_length(subject: Subject) -> bool:
