@@ -184,7 +184,8 @@ One sequence. Made by `python -m benchmarks.tradeoff`; {where}.
 0.25 to 1: chunks as large as a target between no loops (0) and the smallest chunks that are fast
 (1) allows. *Recomputed*: AOTAutograd's `activation_memory_budget` of 0.2 besides. *Below*: chunks a
 quarter as large as is fast, and an `activation_memory_budget` of 0.05. What is computed again
-between loops costs more time than anything else and saves least, so a budget comes to it last.
+between loops costs more time than anything else here and saves least, so a budget comes to it last;
+on a GPU only offload to the host, which is not measured here, comes after it.
 
 ## Every architecture
 

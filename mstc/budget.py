@@ -7,18 +7,23 @@ Terms
     setting   one way to compile a graph. `LADDER` has them in order, each smaller and slower than
               the one before: no loops, loops with ever smaller chunks, chunks below the rows that
               keep a device busy, then recomputation of what is between loops (AOTAutograd's
-              `activation_memory_budget`), which costs most and saves least (docs/tradeoff.md).
+              `activation_memory_budget`), which costs much and saves little (docs/tradeoff.md). On
+              a device with memory of its own, what is saved for the backward goes to the host at
+              last (`OFFLOADED`, `passes.offload`): every saved byte crosses the bus twice. It is
+              instead of recomputation: beside it, hardly anything is saved.
 
 Algorithm
     1. A setting's peak is that of the code which Inductor writes for it, run on fake tensors
        (`mstc.emission`, `mstc.watch`): no estimate, and no kernel is built.
-    2. Bisection finds the first setting whose peak is within the budget. Which settings are looked
-       at depends on the answers alone, so a smaller budget never ends at an earlier setting.
+    2. Bisection finds the first setting whose peak is within the budget, in the first part of the
+       ladder (chunks; finer chunks and recomputation; offload) whose last setting is. Which
+       settings are looked at depends on the answers alone, so a smaller budget never ends at an
+       earlier setting.
     3. What was found is kept on disk, beside PyTorch's compiled graphs.
 
 Not handled: graphs whose sizes are left open cannot be simulated; they get the smallest chunks, and
 the report says so. A loss in eager code is planned without a budget. Memory that a GPU's kernels
-take while they run is not seen (see `mstc.simulate`). Activation offload is not used.
+take while they run is not seen (see `mstc.simulate`), nor what offload takes on the host.
 """
 
 from __future__ import annotations
@@ -39,11 +44,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
 from mstc.errors import BudgetError, BudgetWarning, OptionError
-from mstc.inductor import detect_fake_mode, unrecorded
+from mstc.inductor import backward_ahead, detect_fake_mode, unrecorded
 from mstc.options import Options, Setting
 from mstc.quantity import format_bytes
 from mstc.saved import load_entry, save_entry
 from mstc.watch import Watch
+from passes.offload import is_far
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +61,7 @@ FINER = (Setting(tightness=1.0, least_divisor=4),)
 RECOMPUTED = tuple(replace(FINER[0], activation_budget=share) for share in (0.5, 0.2, 0.05))
 FINEST = (replace(RECOMPUTED[-1], least_divisor=16),)
 LADDER = (*CHUNKED, *FINER, *RECOMPUTED, *FINEST)
+OFFLOADED = tuple(Setting(tightness=1.0, least_divisor=n, offload=True) for n in (4, 16))
 
 
 def budget_bytes(budget: int | float, device: torch.device) -> int:
@@ -123,7 +130,8 @@ def settle(
     chosen = _kept(key)
     if chosen is None:
         try:
-            chosen = _search(graph, inputs, options, compile_, budget)
+            parts = _parts(inputs, device)
+            chosen = _search(graph, inputs, options, compile_, budget, parts)
         except Exception as error:  # the model reads a value, or Inductor cannot compile it
             log.debug("a budget cannot be checked", exc_info=error)
             line = (
@@ -164,31 +172,43 @@ def _kept(key: str) -> tuple[Setting, int] | None:
         return None
 
 
+def _parts(inputs: Sequence[Any], device: torch.device) -> tuple[tuple[Setting, ...], ...]:
+    """The ladder for a graph, in the parts that are searched one after the other."""
+    trains = any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
+    if not trains or not torch.is_grad_enabled():
+        return CHUNKED, _WITHOUT_GRADIENTS
+    parts = CHUNKED, LADDER[len(CHUNKED) :]
+    return (*parts, OFFLOADED) if is_far(device) else parts
+
+
 def _search(
-    graph: GraphModule, inputs: Sequence[Any], options: Options, compile_: Compile, budget: int
+    graph: GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    compile_: Compile,
+    budget: int,
+    parts: Sequence[Sequence[Setting]],
 ) -> tuple[Setting, int]:
     """The first setting within the budget, or the smallest that was looked at, and its peak."""
-    known: dict[int, int] = {}
-    trains = any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
-    ladder = LADDER if trains and torch.is_grad_enabled() else _WITHOUT_GRADIENTS
+    known: dict[Setting, int] = {}
 
-    def fits(index: int) -> bool:
-        if index not in known:
-            own = replace(options, setting=ladder[index])
-            known[index] = graph_peak(graph, inputs, own, compile_)
-        return known[index] <= budget
+    def fits(setting: Setting) -> bool:
+        if setting not in known:
+            own = replace(options, setting=setting)
+            known[setting] = graph_peak(graph, inputs, own, compile_)
+        return known[setting] <= budget
 
-    chunked = len(CHUNKED) - 1
-    low, high = (-1, chunked) if fits(chunked) else (chunked, len(ladder) - 1)
-    if not fits(high):
-        return min(((ladder[i], n) for i, n in known.items()), key=lambda one: one[1])
+    part = next((part for part in parts if fits(part[-1])), None)
+    if part is None:
+        return min(known.items(), key=lambda one: one[1])
+    low, high = -1, len(part) - 1
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return ladder[high], known[high]
+        low, high = (low, middle) if fits(part[middle]) else (middle, high)
+    return part[high], known[part[high]]
 
 
-_WITHOUT_GRADIENTS = (*CHUNKED, *FINER, Setting(tightness=1.0, least_divisor=16))
+_WITHOUT_GRADIENTS = (*FINER, Setting(tightness=1.0, least_divisor=16))
 
 
 def graph_peak(
@@ -206,7 +226,8 @@ def graph_peak(
     copied = copy.deepcopy(graph.graph)  # compiling changes it
     with unrecorded(), tracing(TracingContext(mode)), mode:
         own = [_fresh(value) for value in inputs]
-        compiled = compile_(GraphModule(graph, copied), own, replace(options, lowering="emit"))
+        with backward_ahead():
+            compiled = compile_(GraphModule(graph, copied), own, replace(options, lowering="emit"))
         leaves = [t for t in own if isinstance(t, Tensor) and t.requires_grad]
         tangents: list[Tensor] = []
 

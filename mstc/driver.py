@@ -26,6 +26,7 @@ from mstc import history
 from mstc.budget import settle
 from mstc.errors import FallbackWarning
 from mstc.inductor import (
+    AfterPartition,
     CustomGraphPass,
     compile_outer,
     compile_outer_eager,
@@ -37,12 +38,14 @@ from mstc.inductor import (
 from mstc.observe import Observer, dump
 from mstc.options import Options, Setting
 from mstc.prepare import prepare
+from mstc.quantity import format_bytes
 from mstc.report import Report, fall_back, graph_report, subject_of
 from mstc.runtime import flops  # noqa: F401  (tells PyTorch how much loops do)
 from mstc.runtime.loop import Call, loop_op, prepare_bodies
 from mstc.saved import load_report, report_key, save_report
 from passes.copies import copy_node
 from passes.liveness import tangent_nodes
+from passes.offload import offload_saved_values
 from passes.plan import AT_PEAK, PlanOptions, matching
 from passes.records import FixedLoop, Plan
 
@@ -158,6 +161,26 @@ class ChunkPass(CustomGraphPass):
         self.report.graphs.append(entry)
         dump("mst_report", self.report.to_json, encoding="json")
         log.info("%s", self.report)
+
+
+def _offloads(report: Report) -> AfterPartition:
+    """Has what is saved for the backward wait in the host's memory, and says how much."""
+
+    def rewrite(forward: GraphModule, backward: GraphModule, num_outputs: int) -> None:
+        try:
+            found = offload_saved_values(forward.graph, backward.graph, num_outputs)
+        except Exception as error:  # a mistake of ours must not cost the user the run
+            fall_back(error, report)
+            return
+        if found is None:
+            report.notes.append("nothing that is saved for the backward can go to the host")
+            return
+        forward.graph, backward.graph = found.forward, found.backward
+        stays = f"; {format_bytes(found.stays)} stay" if found.stays else ""
+        moved = format_bytes(found.nbytes)
+        report.notes.append(f"what is saved for the backward goes to the host: {moved}{stays}")
+
+    return rewrite
 
 
 class RecordCompiler:
@@ -280,12 +303,19 @@ def _compile(
     options = _settled(graph, inputs, options, report, subject)
     graph_pass = ChunkPass(options, report, is_record=subject is None)
     share = options.setting.activation_budget
+    offloads = _offloads(report) if options.setting.offload else None
     if options.lowering == "eager":
-        return compile_outer_eager(graph, inputs, graph_pass, share)
+        return compile_outer_eager(graph, inputs, graph_pass, share, offloads)
     build = options.lowering != "emit"
     key = report_key(subject or graph, graph_pass.uuid(), options.inductor)
     compiled = compile_outer(
-        graph, inputs, graph_pass, options.inductor, build=build, activation_budget=share
+        graph,
+        inputs,
+        graph_pass,
+        options.inductor,
+        build=build,
+        activation_budget=share,
+        after_partition=offloads,
     )
     prepare_bodies(graph_pass.calls)
     if not build:

@@ -41,6 +41,7 @@ VIEWS = frozenset(  # ops that make no memory; a kernel is named after another t
     )
 )
 _BUILDER = "async_compile = AsyncCompile()"
+_EVENT = "torch.Event()"  # with which the host waits for a copy from a device
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,10 @@ def _load(path: str, constants: dict[str, Any]) -> ModuleType:
     text = Path(path).read_text()
     assert _BUILDER in text, "Inductor writes its modules in another way"
     text = text.replace(_BUILDER, "async_compile = without_kernels")
+    text = text.replace(_EVENT, "without_events")
     scope = vars(module)
     scope["without_kernels"] = _Builder()
+    scope["without_events"] = _Event()
     scope[ORIGINS] = _origins()
     exec(compile(text, path, "exec"), scope)  # what Inductor wrote
     scope.update({name: stand_in for name, stand_in in _STAND_INS.items() if name in scope})
@@ -148,6 +151,11 @@ class _Builder:
         return _nothing if name == "wait" else lambda *_, **__: _Kernel()
 
 
+class _Event:
+    record = staticmethod(_nothing)
+    synchronize = staticmethod(_nothing)
+
+
 class _Libraries:
     """In the place of ``extern_kernels``: products write into the buffer that they are given."""
 
@@ -177,6 +185,7 @@ _STAND_INS: dict[str, Any] = {  # of names in a module that Inductor writes, whi
     "assert_alignment": _nothing,
     "copy_if_misaligned": lambda tensor, *_: tensor,
     "empty_strided_cpu": _empty_on("cpu"),
+    "empty_strided_cpu_pinned": _empty_on("cpu"),
     "empty_strided_cuda": _empty_on("cuda"),
     "reinterpret_tensor": _view,
     "extern_kernels": _Libraries(),

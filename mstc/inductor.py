@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from pathlib import Path
 from typing import Any, cast, get_origin
 from unittest.mock import patch
+from uuid import uuid4
 
 import sympy
 import torch
@@ -47,8 +48,9 @@ from torch._inductor.compile_fx import (
 from torch._inductor.cpp_builder import get_cpp_compiler  # what kernels on a CPU are built with
 from torch._inductor.custom_graph_pass import (
     CustomGraphPass,
+    CustomPartitionerFn,
     get_hash_for_files,
-)  # the hook, and its cache key
+)  # the hooks, and their cache key
 from torch._inductor.decomposition import select_decomp_table  # same ops for both lowerings
 from torch._inductor.fx_passes.joint_graph import (
     joint_graph_passes,
@@ -68,10 +70,12 @@ from mstc.emission import emit
 from mstc.repairs import mend
 
 __all__ = [
+    "AfterPartition",
     "CompiledBody",
     "CustomGraphPass",
     "PendingKernels",
     "attribute_source",
+    "backward_ahead",
     "cache_folder",
     "compile_body",
     "compile_outer",
@@ -90,6 +94,7 @@ __all__ = [
 ]
 
 Tensors = list[torch.Tensor]
+AfterPartition = Callable[[GraphModule, GraphModule, int], None]
 
 
 @contextmanager
@@ -121,6 +126,15 @@ def unrecorded() -> Iterator[None]:
             if hasattr(metrics, name):
                 stack.enter_context(patch.object(metrics, name, lambda *_, **__: None))
         yield
+
+
+def backward_ahead() -> AbstractContextManager[object]:
+    """AOTAutograd compiles the backward with the forward.
+
+    Otherwise its first run does. On a GPU that is another thread, which would wait for the lock
+    under which this one compiles, for ever.
+    """
+    return functorch_config.patch(force_non_lazy_backward_lowering=True)
 
 
 def wants_eager_random_numbers() -> bool:
@@ -365,6 +379,7 @@ def compile_outer(
     *,
     build: bool = True,
     activation_budget: float = 1.0,
+    after_partition: AfterPartition | None = None,
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph with Inductor.
 
@@ -375,9 +390,60 @@ def compile_outer(
         build: False for simulation only (`mstc.emission`).
         activation_budget: AOTAutograd's `activation_memory_budget`: of what the partitioner would
             keep for the backward, the share that it may keep.
+        after_partition: changes the graphs of the forward and the backward in place, given how many
+            of the forward's outputs are the model's; what it does is in the key of `graph_pass`.
     """
+    patches = dict(config)
+    if graph_pass is not None:
+        patches["joint_custom_pre_pass"] = graph_pass
+    if after_partition is not None and not _has_regions(gm):
+        assert graph_pass is not None, "or PyTorch's caches would not know"
+        users = config.get("custom_partitioner_fn", inductor_config.custom_partitioner_fn)
+        patches["custom_partitioner_fn"] = _Partitioner(
+            after_partition, graph_pass.uuid(), cast("CustomPartitionerFn | None", users)
+        )
+        # It takes memory on the host for the device's, and fetches everything at once.
+        patches["reorder_for_peak_memory"] = False
     with _partitioned_within(activation_budget):
-        return _compile_outer(gm, example_inputs, graph_pass, config, build=build)
+        return _compile_outer(gm, example_inputs, patches, build=build)
+
+
+def _has_regions(gm: GraphModule) -> bool:
+    """Whether parts of a graph are partitioned by themselves (`nested_compile_region`): what leaves
+    these has to be what they were traced with."""
+    graphs = (module.graph for module in gm.modules() if isinstance(module, GraphModule))
+    region = torch.ops.higher_order.invoke_subgraph
+    return any(node.target is region for graph in graphs for node in graph.nodes)
+
+
+class _Partitioner(CustomPartitionerFn):
+    """The user's partitioner, or Inductor's, and what comes after it."""
+
+    def __init__(
+        self, after: AfterPartition, key: object, users: CustomPartitionerFn | None
+    ) -> None:
+        self._after = after
+        self._key = key
+        self._users = users
+
+    def uuid(self) -> object:
+        if self._users is None:
+            return ("mst", self._key)
+        own = self._users.uuid()
+        return None if own is None else ("mst", self._key, own)  # None: not to be cached
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        """PyTorch's keys hold what is pickled of every option, of this one too."""
+        key = self.uuid()
+        return str, (repr(key) if key is not None else f"not to be cached: {uuid4()}",)
+
+    def __call__(
+        self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[GraphModule, GraphModule]:
+        partition = self._users or min_cut_rematerialization_partition
+        forward, backward = partition(gm, joint_inputs, **kwargs)
+        self._after(forward, backward, kwargs["num_fwd_outputs"])
+        return forward, backward
 
 
 def _partitioned_within(activation_budget: float) -> AbstractContextManager[object]:
@@ -389,15 +455,11 @@ def _partitioned_within(activation_budget: float) -> AbstractContextManager[obje
 def _compile_outer(
     gm: GraphModule,
     example_inputs: Sequence[Any],
-    graph_pass: CustomGraphPass | None,
-    config: Mapping[str, object],
+    patches: Mapping[str, object],
     *,
     build: bool,
 ) -> Callable[..., Any]:
     mend()
-    patches = dict(config)
-    if graph_pass is not None:
-        patches["joint_custom_pre_pass"] = graph_pass
     if build:
         compiled = compile_fx(gm, list(example_inputs), config_patches=cast("Any", patches))
     else:
@@ -416,6 +478,7 @@ def compile_outer_eager(
     example_inputs: Sequence[Any],
     graph_pass: CustomGraphPass | None,
     activation_budget: float = 1.0,
+    after_partition: AfterPartition | None = None,
 ) -> Callable[..., Any]:
     """The same road without Inductor: AOTAutograd, our pass, the partitioner, then the graphs run
     op by op."""
@@ -427,7 +490,10 @@ def compile_outer_eager(
             graph_pass(joint.graph)
             joint.recompile()
         kwargs.pop("static_lifetime_input_indices", None)
-        return min_cut_rematerialization_partition(joint, inputs, compiler="inductor", **kwargs)
+        graphs = min_cut_rematerialization_partition(joint, inputs, compiler="inductor", **kwargs)
+        if after_partition is not None:
+            after_partition(*graphs, kwargs["num_fwd_outputs"])
+        return graphs
 
     def forward(graph: GraphModule, inputs: Sequence[object]) -> Callable[..., Any]:
         return _boxed(graph)

@@ -38,6 +38,9 @@ class Setting:
     activation_budget: float = 1.0
     """AOTAutograd's `activation_memory_budget`."""
 
+    offload: bool = False
+    """What is saved for the backward waits in the host's memory (`passes.offload`)."""
+
     def __str__(self) -> str:
         if self.tightness is None:
             return "planned without it"
@@ -48,6 +51,8 @@ class Setting:
             parts = [f"chunks {self.least_divisor} times smaller than is fast"]
         if self.activation_budget < 1:
             parts.append(f"activation_memory_budget={self.activation_budget}")
+        if self.offload:
+            parts.append("what is saved goes to the host")
         return ", ".join(parts)
 
 

@@ -25,6 +25,8 @@ from mstc.runtime.loop import loop_op, program_of
 from mstc.runtime.memory import MemoryEvent, MemoryTrace, trace_of
 from mstc.scratch import scratch_nbytes
 
+_HOSTS = ("cpu", "meta")
+
 
 @dataclass(frozen=True)
 class Span:
@@ -168,11 +170,13 @@ class Watch(TorchDispatchMode):
 
     def __init__(self, own: Sequence[Tensor], *, scratch: bool = True) -> None:
         """Args:
-        own: what is there at the start, and does not count.
+        own: what is there at the start, and does not count. If any of it is on an accelerator,
+            what lies in the host's memory does not count either.
         scratch: whether what ops take while they run on a CPU counts (`mstc.scratch`).
         """
         super().__init__()
         self._scratch = scratch
+        self._on_host = all(tensor.device.type in _HOSTS for tensor in own)
         self._events: list[MemoryEvent] = []
         self._time = 0.0
         self._loops: list[Span] = []
@@ -265,7 +269,7 @@ class Watch(TorchDispatchMode):
 
     def _add(self, tensor: Tensor, func: Any) -> None:
         storage, key = tensor.untyped_storage(), _key(tensor)
-        if key in self._alive:
+        if key in self._alive or (not self._on_host and tensor.device.type in _HOSTS):
             return
         number = len(self._made) + 1
         origin = maker_of(func)
@@ -275,7 +279,7 @@ class Watch(TorchDispatchMode):
         self._note(storage.nbytes(), number)
 
     def _add_scratch(self, func: Any, nbytes: int) -> None:
-        if not nbytes:
+        if not nbytes or not self._on_host:  # it is of the CPU
             return
         number = len(self._made) + 1
         origin = maker_of(func)

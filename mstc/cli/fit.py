@@ -17,10 +17,9 @@ Algorithm
 
 What it assumes: code as Inductor writes it for a CPU (kernels on a GPU fuse much alike; its
 attention kernels keep statistics a little larger); nothing for what kernels take while they run,
-for the CUDA context, for fragmentation, for communication; nothing is offloaded (PyTorch's option
-for it moves values that a pass of the user's has marked from a GPU to the host, and simulated
-tensors are on the host). Chunks have the fewest rows that keep a GPU busy, so that the answer does
-not depend on the planner's choice for one length.
+for the CUDA context, for fragmentation, for communication; nothing is offloaded (simulated tensors
+are on the host). Chunks have the fewest rows that keep a GPU busy, so that the answer does not
+depend on the planner's choice for one length.
 """
 
 from __future__ import annotations

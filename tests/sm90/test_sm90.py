@@ -26,6 +26,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -c co
 
 from tests.sm90.device import SKIP  # noqa: E402
 from tests.sm90.llama import LARGE  # noqa: E402
+from tests.sm90.offload import BUDGET, SIZES  # noqa: E402
 
 
 def found_by(program: str, *args: str, **environment: str) -> dict[str, Any]:
@@ -118,6 +119,23 @@ def test_simulated() -> None:
     # the head and of every MLP, in three of the chunks, in two runs.
     how = "accumulate: torch.bfloat16 in torch.float32 on cuda:0"
     assert found["products"] == {how: 2 * 3 * (1 + 3 * LARGE.layers)}
+
+
+def test_offloaded() -> None:
+    """A budget below what chunks and recomputation reach is met, and Inductor's code has the
+    copies: those back are where they are needed, not all at the backward's start."""
+    found = found_by("offload")
+    *before, last, first = found["peaks"].items()
+    assert [("to the host" in setting) for setting, _ in before] == [False, False]
+    assert "to the host" in last[0]
+    assert "to the host" in first[0]
+    assert all(peak > BUDGET for _, peak in before)
+    assert max(last[1], found["peak"]) <= BUDGET
+    assert found["peak"] < 0.75 * min(peak for _, peak in before)
+    assert found["gradients"] == found["weights"]
+    assert found["moved"] > 100 * found["stays"]
+    assert found["outward"] == found["back"] > 5 * SIZES.layers
+    assert found["back_before_a_loop"] <= 4
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
