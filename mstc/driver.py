@@ -127,6 +127,9 @@ class ChunkPass(CustomGraphPass):
             fixed=self.fixed,
             tightness=None if self.is_record else self.options.setting.tightness,
             least_divisor=self.options.setting.least_divisor,
+            # measured on CPUs only (docs/axes.md)
+            loop_axes=self.options.setting.loop_axes
+            or ("either" if kinds == {"cpu"} else "tokens"),
         )
 
     def __call__(self, graph: Graph) -> None:

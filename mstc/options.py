@@ -15,7 +15,7 @@ from mstc.errors import OptionError
 from mstc.inductor import inductor_option_type, known_inductor_options, mode_options
 from mstc.plans import loops_of, read_plan
 from mstc.quantity import parse_bytes
-from passes.records import FixedLoop
+from passes.records import FixedLoop, LoopAxes
 
 _OVER_BUDGET = ("raise", "warn")
 _LOWERINGS = ("inductor", "eager")
@@ -40,6 +40,10 @@ class Setting:
 
     offload: bool = False
     """What is saved for the backward waits in the host's memory (`passes.offload`)."""
+
+    loop_axes: LoopAxes | None = None
+    """Axes that loops run along, for comparisons (`benchmarks.axes`); None: as was measured to be
+    best on the device."""
 
     def __str__(self) -> str:
         if self.tightness is None:

@@ -72,9 +72,10 @@ def loops_of(entries: Sequence[Any], path: str) -> tuple[FixedLoop, ...]:
 def _is_loop(entry: Any) -> bool:
     return (
         isinstance(entry, Mapping)
-        and entry.keys() == _FIELDS
+        and {*entry, "along_weights"} == _FIELDS
         and all(isinstance(entry[name], str) for name in ("seed", "source"))
         and all(isinstance(entry[n], int) and entry[n] >= 1 for n in ("axis_length", "chunk"))
+        and isinstance(entry.get("along_weights", False), bool)
         and entry["mode"] in get_args(Mode)
     )
 
@@ -99,6 +100,7 @@ def differences(before: Sequence[FixedLoop], after: Sequence[FixedLoop]) -> list
 def _by_subject(loops: Sequence[FixedLoop]) -> dict[str, str]:
     found: dict[str, list[str]] = {}
     for loop in loops:
-        text = f"{loop.mode}, {loop.axis_length} in chunks of {loop.chunk}"
+        where = " of the weights" * loop.along_weights
+        text = f"{loop.mode}, {loop.axis_length}{where} in chunks of {loop.chunk}"
         found.setdefault(str(loop), []).append(text)
     return {subject: "; ".join(sorted(texts)) for subject, texts in found.items()}

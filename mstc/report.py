@@ -50,6 +50,7 @@ class LoopReport:
     num_chunks: int
     inside_bytes: int  # of values that exist a chunk at a time only, together
     count: int  # equal layers
+    along_weights: bool = False  # hidden features or heads instead of tokens
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,14 @@ class Report:
     def fixed_loops(self) -> tuple[FixedLoop, ...]:
         """The plan: the loops of all graphs, equal ones once."""
         found = (
-            FixedLoop(loop.seed, loop.source, cast("Mode", loop.mode), loop.axis_length, loop.chunk)
+            FixedLoop(
+                loop.seed,
+                loop.source,
+                cast("Mode", loop.mode),
+                loop.axis_length,
+                loop.chunk,
+                loop.along_weights,
+            )
             for graph in self.graphs
             for loop in graph.loops
         )
@@ -160,6 +168,7 @@ def graph_report(plan: Plan, *, training: bool, note: str = "") -> GraphReport:
             region.length,
             loop.chunk,
             loop.num_chunks,
+            region.along_weights,
         )
         loops.setdefault(key, []).append(region.inside_bytes)
     return GraphReport(
@@ -169,8 +178,8 @@ def graph_report(plan: Plan, *, training: bool, note: str = "") -> GraphReport:
         table=_rows(plan, after=False),
         table_after=_rows(plan, after=True),
         loops=tuple(
-            LoopReport(*key, inside_bytes=sum(sizes), count=len(sizes))
-            for key, sizes in loops.items()
+            LoopReport(*key, inside_bytes=sum(sizes), count=len(sizes), along_weights=along)
+            for (*key, along), sizes in loops.items()
         ),
         rewrites=plan.rewrites,
         refusals=plan.refusals,
@@ -235,7 +244,7 @@ def render(report: Report) -> str:
             many = f" x{loop.count}" if loop.count > 1 else ""
             lines.append(
                 f"  loop{many}: {loop.num_chunks} chunks of {loop.chunk} "
-                f"along an axis of {loop.axis_length}, "
+                f"along an axis of {loop.axis_length}{' of the weights' * loop.along_weights}, "
                 f"{loop.mode}, {_mib(loop.inside_bytes)} of values a chunk at a time"
             )
             lines.append(f"    from {loop.seed} at {loop.source}")

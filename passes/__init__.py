@@ -89,6 +89,7 @@ def run_passes(
         min_bytes=min_region_bytes,
         min_rows=options.chunk_rows or options.min_rows,
         all_axes=all_axes,
+        loop_axes=options.loop_axes,
     )
     observe("regions", (regions, refusals))
     planned = make_plan(

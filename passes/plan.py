@@ -13,6 +13,9 @@ Algorithm
        The number of chunks is rounded so that chunks are equal where a divisor is near. In a deep
        model that may be one: what the layer makes is then small beside what all layers keep.
     5. Keep the plan only if the predicted peak falls by at least `MIN_GAIN`.
+    6. Unless rows per chunk are asked for, loops of one kind along tokens run along an axis of
+       weights instead (`loop_axes`), if the predicted peak falls by at least `AXIS_GAIN` more, in
+       the same mode. No loop is made that would not be made along tokens.
 
 With a `tightness` (a memory budget, see `mstc.budget`) the plan is the one that costs least for a
 target between the predicted peak without loops (0) and with chunks as small as may be (1): regions
@@ -44,6 +47,7 @@ from passes.modes import Bodies, gradient_in_forward, recompute
 from passes.records import (
     FixedLoop,
     Liveness,
+    LoopAxes,
     LoopPlan,
     Mode,
     Plan,
@@ -57,6 +61,9 @@ TRANSIENT_SHARE = 0.10  # of the peak that stays, how much a chunk may add
 MIN_GAIN = 0.05  # of the predicted peak, below which the graph is left alone
 WORTH_A_ROUND = 1.02  # of the lowest predicted peak, up to which a plan with fewer loops is better
 SMALL = 1 / 8  # of `min_peak_bytes`: a smaller chunk saves nothing that matters, and costs its call
+AXIS_GAIN = (
+    1 / 8
+)  # of the predicted peak, for another axis: no less than the estimate may be off by
 AT_PEAK = 0.02  # of the peak, below which a region counts as off it
 
 
@@ -72,6 +79,7 @@ class PlanOptions:
     gradient_in_forward: bool = True  # False: always recompute
     fixed: tuple[FixedLoop, ...] | None = None  # these loops, and no planning
     tightness: float | None = None  # 0: no loop, 1: the smallest chunks; None: the rule of step 4
+    loop_axes: LoopAxes = "tokens"  # as for `passes.regions.find_regions`
     least_divisor: int = 1  # makes the least chunk smaller, where `tightness` 1 is not enough
 
     def __post_init__(self) -> None:
@@ -232,7 +240,36 @@ class _Planner:
         kept = next(one for one in rounds if one.live.peak_bytes <= best)
         if kept.live.peak_bytes > worth or not (kept.chosen or self.facts.rewrites):
             return self.untouched(before)
+        if self.options.tightness is None and self.options.chunk_rows is None:
+            kept = self.along_weights(kept)
         return self.planned(kept, before)
+
+    def along_weights(self, made: Round) -> Round:
+        """Step 6 of the algorithm."""
+        kinds = {_kind(p.region) for p in made.chosen if p.region.instead is not None}
+        for kind in sorted(kinds, key=str):
+            chosen: dict[LoopPlan, Bodies] = {}
+            for plan, bodies in made.chosen.items():
+                other = plan.region.instead if _kind(plan.region) == kind else None
+                prepared = None if other is None else self.prepare(other, plan.mode)
+                if prepared is None or prepared[0].mode != plan.mode:
+                    chosen[plan] = bodies
+                else:
+                    chosen[prepared[0]] = prepared[1]
+            changed = self.resized(chosen, self.rule)
+            now, before = (self.while_running(one.chunked) for one in (changed, made))
+            limit = (1 - AXIS_GAIN) * before.peak_intermediate_bytes
+            if now.peak_intermediate_bytes <= limit and now.peak_bytes <= before.peak_bytes:
+                made = changed
+        return made
+
+    def while_running(self, chunked: ChunkedGraph) -> Liveness:
+        """Memory with what a loop makes counted from its first chunk on: sums in low precision have
+        buffers in float32, all of them at once."""
+        extra = self.of_bodies(chunked)
+        for loop in chunked.loops:
+            extra[loop.node] += sum(map(nbytes, loop.node.meta["val"]))
+        return analyze_liveness(chunked.graph, lambda n: extra.get(n, 0))
 
     def rounds(self, unlooped: Liveness, size: Sizing, enough: int = 0) -> list[Round]:
         """Step 2 of the algorithm, until the predicted peak is `enough` bytes."""
@@ -246,20 +283,27 @@ class _Planner:
             if not planned:
                 break
             chosen.update(planned)
-            chunked = self.rewrite(chosen)
-            floor = analyze_liveness(chunked.graph)
-            sized = {p: size(p, b, chunked, floor) for p, b in chosen.items()}
-            chunked = chunked.resized(sized)
-            chosen = {sized[p]: b for p, b in chosen.items()}
-            now = self.with_bodies(chunked)
-            found.append(Round(dict(chosen), chunked, now))
+            made = self.resized(chosen, size)
+            chosen, now = dict(made.chosen), made.live
+            found.append(made)
         return found
+
+    def resized(self, chosen: dict[LoopPlan, Bodies], size: Sizing) -> Round:
+        """The graph with all of `chosen` that can be ordered, with chunks as `size` says."""
+        chunked = self.rewrite(chosen)
+        floor = analyze_liveness(chunked.graph)
+        sized = {p: size(p, b, chunked, floor) for p, b in chosen.items()}
+        chunked = chunked.resized(sized)
+        own = {sized[p]: b for p, b in chosen.items()}
+        return Round(own, chunked, self.with_bodies(chunked))
 
     def replay(self, before: Liveness, fixed: Sequence[FixedLoop]) -> Planned:
         """The loops of an earlier plan, as far as this graph has them."""
         chosen: dict[LoopPlan, Bodies] = {}
         for region in self.regions:
             wanted = matching(region, fixed)
+            if wanted is not None and wanted.along_weights and region.instead is not None:
+                region = region.instead
             prepared = None if wanted is None else self.prepare(region, wanted.mode)
             if wanted is None or prepared is None:
                 continue
@@ -326,7 +370,9 @@ class _Planner:
         return self.prepared[key]
 
     def written(self, region: Region, mode: Mode | None) -> tuple[LoopPlan, Bodies] | None:
-        foreign = frozenset(n for r in self.regions if r is not region for n in r.nodes)
+        own = {r for r in self.regions if region in (r, r.instead)}
+        others = (s for r in self.regions if r not in own for s in (r, r.instead) if s is not None)
+        foreign = frozenset(n for other in others for n in other.nodes)
         try:
             bodies = None
             if self.options.gradient_in_forward and mode != "recompute":
@@ -424,11 +470,16 @@ class _Planner:
 
     def with_bodies(self, chunked: ChunkedGraph) -> Liveness:
         """Memory of the rewritten graph, a chunk's body counted where its loop runs."""
+        extra = self.of_bodies(chunked)
+        return analyze_liveness(chunked.graph, lambda n: extra.get(n, 0))
+
+    def of_bodies(self, chunked: ChunkedGraph) -> dict[Node, int]:
+        """Bytes of a chunk's body, by loop."""
         extra: dict[Node, int] = {}
         for loop in chunked.loops:
             share = loop.plan.chunk / loop.plan.region.length
             extra[loop.node] = int(share * self.body_bytes(loop.body, loop.plan.region))
-        return analyze_liveness(chunked.graph, lambda n: extra.get(n, 0))
+        return extra
 
     def body_bytes(self, body: Body, region: Region) -> int:
         """`body_bytes`, once per distinct body."""

@@ -13,6 +13,7 @@ from torch.fx import Node
 
 Phase = Literal["forward", "backward"]
 Mode = Literal["recompute", "gradient-in-forward", "forward-only"]
+LoopAxes = Literal["tokens", "weights", "either"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ class Region:
     backward: frozenset[Node]  # nodes that depend on a tangent; empty in an inference graph
     seed: Node  # the widest node
     inside_bytes: int  # bytes that the loop keeps from being alive at once
+    along_weights: bool = False  # whether it is another one's `instead`
+    instead: Region | None = None  # from the same seed along an axis of weights, if looked for
 
     @property
     def nodes(self) -> frozenset[Node]:
@@ -133,6 +136,7 @@ class FixedLoop:
     mode: Mode
     axis_length: int  # positions, when it was planned
     chunk: int  # positions
+    along_weights: bool = False  # whether the axis is one of weights, tried beside tokens
 
     def __post_init__(self) -> None:
         assert self.chunk >= 1

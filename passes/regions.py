@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import networkx as nx
 import sympy
@@ -48,7 +49,7 @@ from passes import rules
 from passes.axes import Axes
 from passes.generated import NARROW
 from passes.liveness import output_nodes, tangent_nodes
-from passes.records import Refusal, Region
+from passes.records import LoopAxes, Refusal, Region
 from passes.source import elements, hint, nbytes, op_name, packet_of, source_of
 from passes.split import Split
 
@@ -141,9 +142,12 @@ class RegionFinder:
         *,
         min_rows: int = 0,
         all_axes: bool = False,
+        loop_axes: LoopAxes = "tokens",
     ) -> None:
         self.min_rows = min_rows
         self.all_axes = all_axes
+        self.weights_first = loop_axes == "weights"
+        self.weighs = loop_axes == "either"
         self.graph = graph
         self.axes = axes
         self.min_bytes = min_bytes
@@ -171,12 +175,28 @@ class RegionFinder:
         for seed in sorted(candidates, key=lambda n: (rules.is_lookup(n), -nbytes(n.meta["val"]))):
             if seed in self.taken:
                 continue
-            region = self._region_of(seed)
+            region = self.region_of(seed)
             if region is not None:
                 regions.append(region)
                 self.taken |= region.nodes
         regions.sort(key=lambda r: -r.inside_bytes)
-        return regions, self.refusals
+        return self._with_others(regions) if self.weighs else regions, self.refusals
+
+    def _with_others(self, regions: list[Region]) -> list[Region]:
+        """The regions, each with what could be instead of it along an axis of weights."""
+        finder = RegionFinder(
+            self.graph, self.axes, self.min_bytes, min_rows=self.min_rows, loop_axes="weights"
+        )
+        finder.splits = self.splits
+        found: list[Region] = []
+        for region in regions:
+            finder.taken = self.taken - region.nodes
+            other = None if self.weights.get(region.axis) else finder.region_of(region.seed)
+            if other is not None and self.weights.get(other.axis):
+                self.taken |= other.nodes
+                region = replace(region, instead=replace(other, along_weights=True))
+            found.append(region)
+        return found
 
     def may_seed(self, node: Node) -> bool:
         """Whether a region may be grown from the node, as far as the node alone tells."""
@@ -184,9 +204,11 @@ class RegionFinder:
             return False
         if packet_of(node) is torch.ops.aten.scatter:
             return False  # a gradient of picked values: nearly nothing, and all is wide beside that
+        if self._is_free(node) or self._is_gradient(node):
+            return False
         return node not in self.tangent or node not in self.outputs  # a gradient has to be whole
 
-    def _region_of(self, seed: Node) -> Region | None:
+    def region_of(self, seed: Node) -> Region | None:
         failure: Refusal | None = None
         best: Region | None = None
         sizes = self.axes.table.sizes
@@ -225,7 +247,7 @@ class RegionFinder:
         chunk reads the activations whole, and they count as well: else any projection would be
         wider than nothing, and attention be computed again for it."""
         split_inputs = [i for i in seed.all_input_nodes if split.is_split(i)]
-        base = sum(map(split.origin, split_inputs))
+        base = sum(split.origin(i) for i in split_inputs if not self._is_free(i))
         if self.weights.get(split.axis, 0):
             others = (i for i in seed.all_input_nodes if i not in split_inputs)
             base += sum(split.width(i) for i in others if _maker(i) not in self.parameters)
@@ -241,9 +263,25 @@ class RegionFinder:
         def order(axis: int) -> tuple[int, bool, int]:
             length = self._length(axis) or 1
             coarse = rows // length > _FINE * self.min_rows
-            return self.weights.get(axis, 0), coarse, -length if coarse else own.index(axis)
+            weights = self.weights.get(axis, 0)
+            weights = -weights if self.weights_first else weights
+            return weights, coarse, -length if coarse else own.index(axis)
 
         return sorted(own, key=order)
+
+    def _is_free(self, node: Node) -> bool:
+        """Whether a slice of the value takes no memory: that of a weight, which is there anyhow.
+        (Along tokens weights are whole, and do not count either.)"""
+        return self.weights_first and _maker(node) in self.parameters
+
+    def _is_gradient(self, node: Node) -> bool:
+        """Whether the value is read as a gradient only, which has to exist as a whole in any case.
+        (Along tokens those of weights are sums, and do not count either.)"""
+        if not self.weights_first or node not in self.tangent:
+            return False
+        return node in self.outputs or all(
+            u.op == "output" or (_keeps_values(u) and self._is_gradient(u)) for u in node.users
+        )
 
     def _length(self, axis: int) -> int | None:
         """The size of an axis, by the hints of its symbols; None where only run time knows."""
@@ -272,6 +310,7 @@ class RegionFinder:
         self._absorb(region, split)
         inside = sum(nbytes(n.meta["val"]) for n in region if self._is_inside(n, region, split))
         leaving = [n for n in region if self._leaves(n, region) and split.is_split(n)]
+        leaving = [n for n in leaving if not self._is_gradient(n)]
         out = sum(nbytes(n.meta["val"]) for n in leaving)
         phase_out = max(
             (
@@ -304,6 +343,8 @@ class RegionFinder:
             if not split.is_split(node) or split.width_as(node, seed) < threshold:
                 continue
             if generated and not split.is_generated(node):
+                continue
+            if self._is_free(node) or self._is_gradient(node):
                 continue
             wide.add(node)
             stack.extend(node.all_input_nodes)
@@ -544,7 +585,13 @@ class RegionFinder:
 
 
 def find_regions(
-    graph: Graph, axes: Axes, *, min_bytes: int, min_rows: int = 0, all_axes: bool = False
+    graph: Graph,
+    axes: Axes,
+    *,
+    min_bytes: int,
+    min_rows: int = 0,
+    all_axes: bool = False,
+    loop_axes: LoopAxes = "tokens",
 ) -> tuple[list[Region], list[Refusal]]:
     """The regions of a graph, largest inside first, and the seeds that became none, with the
     reason.
@@ -559,5 +606,15 @@ def find_regions(
         all_axes: try every axis of a seed and take the one that keeps most inside, instead of the
             first that gives a region: for small graphs, in which values per token are inputs
             beside the weights, so that the order of axes says little.
+        loop_axes: "weights" tries the axes that most weights have (hidden features, heads) before
+            tokens, and counts neither these weights nor their gradients against a region;
+            "either" tries tokens first, and gives every region what could be `instead` of it.
     """
-    return RegionFinder(graph, axes, min_bytes, min_rows=min_rows, all_axes=all_axes).find()
+    return RegionFinder(
+        graph,
+        axes,
+        min_bytes,
+        min_rows=min_rows,
+        all_axes=all_axes,
+        loop_axes=loop_axes,
+    ).find()
