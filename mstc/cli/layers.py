@@ -14,7 +14,7 @@ Algorithm
        long as these are changes of the same layer. Hence two parts of a step: until half of the
        shallower one's backward, and the last changes, as many as a period makes. Their summits are
        linear in the depth, each. Between the two, memory rises or falls from layer to layer, so the
-       higher summit is the step's. (The halves of each step's own backward would not do: in another
+       higher summit is the step's; with gradients it is no lower than without. (The halves of each step's own backward would not do: in another
        depth, the second half begins in another layer, and its summit grows by something else.)
     3. So do gradients, and the values that are held at a summit, by what makes them and their size.
     4. In a shallow step another instant may be the highest than in a deep one. Then what is held
@@ -94,7 +94,8 @@ def extrapolate(traces: Sequence[SimulatedTrace], few: tuple[int, int], depth: i
     ]
     top = max(summits, key=lambda summit: summit.peak_intermediate_nbytes)
     return Step(
-        peak_nbytes=max(summit.peak_nbytes for summit in summits),
+        # a shallow step's may be an instant with gradients that grows slower than the top does
+        peak_nbytes=max(*(summit.peak_nbytes for summit in summits), top.peak_intermediate_nbytes),
         peak_intermediate_nbytes=top.peak_intermediate_nbytes,
         grad_nbytes=grown(first.grad_nbytes, second.grad_nbytes),
         at_peak=top.at_peak,

@@ -163,3 +163,26 @@ def test_another_instant_in_a_shallow_step() -> None:
     assert asked == [2, 3, 4]
     assert found.simulated == (3, 4)
     assert found.peak_nbytes == trace(9).peak_nbytes
+
+
+def test_an_instant_with_gradients_that_grows_slower() -> None:
+    """In shallow steps it is the highest, and in deeper ones no more."""
+
+    def trace(depth: int) -> SimulatedTrace:
+        step = _Step()
+        for _ in range(depth):
+            step.make("kept", 100)
+        step.backward = step.times
+        step.make("work", 50)
+        step.drop("work")
+        step.make("gradient", max(120 - 30 * depth, 0))
+        step.drop("gradient")
+        for _ in range(depth):
+            step.make("work", 1)
+            step.drop("work")
+            step.drop("kept")
+        return step.trace()
+
+    assert trace(2).peak_nbytes > trace(2).peak_intermediate_nbytes
+    found = layers.extrapolate([trace(n) for n in (2, 3)], (2, 3), 9)
+    assert found.peak_nbytes == found.peak_intermediate_nbytes == trace(9).peak_nbytes == 950
