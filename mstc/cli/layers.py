@@ -14,8 +14,9 @@ Algorithm
        long as these are changes of the same layer. Hence two parts of a step: until half of the
        shallower one's backward, and the last changes, as many as a period makes. Their summits are
        linear in the depth, each. Between the two, memory rises or falls from layer to layer, so the
-       higher summit is the step's; with gradients it is no lower than without. (The halves of each step's own backward would not do: in another
-       depth, the second half begins in another layer, and its summit grows by something else.)
+       higher summit is the step's; with gradients it is no lower than without. (The halves of each
+       step's own backward would not do: in another depth, the second half begins in another layer,
+       and its summit grows by something else.)
     3. So do gradients, and the values that are held at a summit, by what makes them and their size.
     4. In a shallow step another instant may be the highest than in a deep one. Then what is held
        there is of other kinds: a period more is simulated, and the two deepest are compared.
