@@ -105,7 +105,7 @@ What is in it, and what is not:
   the next one does not fit (1,024 tokens more; under mst {rows:,}, a chunk) is computed from the
   sizes of its buffers. Layers: few are simulated, the step is linear in them. No CUDA context,
   fragmentation or communication.
-* Seconds are of two ways at once on two cores that were busy with other work as well.
+* Seconds are of two ways at once on two cores, each in a process of its own.
 * mst with chunks of {rows:,} rows; `checkpointed` is transformers' `gradient_checkpointing_enable`.
 
 The Mini-Sequence Transformer (Luo et al., NeurIPS 2024, arXiv 2407.15892) reports 60,000 tokens of
