@@ -21,8 +21,9 @@ Algorithm
     4. In a shallow step another instant may be the highest than in a deep one. Then what is held
        there is of other kinds: a period more is simulated, and the two deepest are compared.
 
-Not handled: a model whose layers are of more kinds than repeat, an encoder beside a decoder,
-scripts: all of it is simulated.
+Not handled: an instant with gradients that is highest in a deep step only, and in neither summit of
+the shallow ones (what is held at the same instant of two depths cannot be told by counting changes:
+a few more per layer are at the forward's end). A model whose layers are of more kinds than repeat, an encoder beside a decoder, scripts: all of it is simulated.
 """
 
 from __future__ import annotations
