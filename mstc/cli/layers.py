@@ -23,7 +23,8 @@ Algorithm
 
 Not handled: an instant with gradients that is highest in a deep step only, and in neither summit of
 the shallow ones (what is held at the same instant of two depths cannot be told by counting changes:
-a few more per layer are at the forward's end). A model whose layers are of more kinds than repeat, an encoder beside a decoder, scripts: all of it is simulated.
+a few more per layer are at the forward's end). A model whose layers are of more kinds than repeat,
+an encoder beside a decoder, scripts: all of it is simulated.
 """
 
 from __future__ import annotations
