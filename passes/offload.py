@@ -17,8 +17,7 @@ they are right wherever they stand; where they stand decides how much memory is 
 
 PyTorch has such a pass (`torch._functorch._activation_offloading`), from which op and places are.
 It takes neither views, nor outputs of ops that have several (loops, attention), nor values whose
-dims lie in another order (queries and keys): of what a Llama of four layers saves beside loops that
-is a third, and two fifths where its layers are checkpointed. All of it moves here.
+dims lie in another order, which is most of what a decoder saves beside loops. All of it moves here.
 
 Not handled: copies beside the computation, on a stream of their own; values with holes, or
 expanded; sizes that are left open.

@@ -61,9 +61,7 @@ TRANSIENT_SHARE = 0.10  # of the peak that stays, how much a chunk may add
 MIN_GAIN = 0.05  # of the predicted peak, below which the graph is left alone
 WORTH_A_ROUND = 1.02  # of the lowest predicted peak, up to which a plan with fewer loops is better
 SMALL = 1 / 8  # of `min_peak_bytes`: a smaller chunk saves nothing that matters, and costs its call
-AXIS_GAIN = (
-    1 / 8
-)  # of the predicted peak, for another axis: no less than the estimate may be off by
+AXIS_GAIN = 1 / 8  # of the predicted peak, for another axis: as much as the estimate may be off by
 AT_PEAK = 0.02  # of the peak, below which a region counts as off it
 
 

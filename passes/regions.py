@@ -36,6 +36,7 @@ Source: Mini-Sequence Transformer (Luo et al., NeurIPS 2024) for the two cases t
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -184,10 +185,8 @@ class RegionFinder:
 
     def _with_others(self, regions: list[Region]) -> list[Region]:
         """The regions, each with what could be instead of it along an axis of weights."""
-        finder = RegionFinder(
-            self.graph, self.axes, self.min_bytes, min_rows=self.min_rows, loop_axes="weights"
-        )
-        finder.splits = self.splits
+        finder = copy.copy(self)  # facts about the graph are the same
+        finder.weights_first, finder.hopeless, finder.refusals = True, set(), []
         found: list[Region] = []
         for region in regions:
             finder.taken = self.taken - region.nodes

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -148,8 +147,3 @@ def test_where_the_length_decides(tmp_path: Path) -> None:
         assert found.step_nbytes + found.state_nbytes <= memory
         assert steps.peak(found.seq_len) == found.step_nbytes
         assert steps.peak(found.seq_len + GRAIN) + found.state_nbytes > memory
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from passes.axes import analyze_axes
 from passes.grouped import grouped_mm
+from passes.plan import Planned
 from passes.records import FixedLoop, LoopPlan
 from passes.regions import RegionFinder, find_regions
 from passes.rules import find_rule
@@ -115,9 +116,11 @@ def test_the_output_is_a_sum_and_weights_have_their_own_rows():
     assert loop.num_chunks == 4
 
 
-def chunked_loops(planned: object) -> list[torch.fx.Node]:
-    graph = planned.chunked.graph  # type: ignore[attr-defined]
-    return list(graph.find_nodes(op="call_function", target=torch.ops.mst.loop.default))
+def chunked_loops(planned: Planned) -> list[torch.fx.Node]:
+    assert planned.chunked is not None
+    return list(
+        planned.chunked.graph.find_nodes(op="call_function", target=torch.ops.mst.loop.default)
+    )
 
 
 def head(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -1,13 +1,12 @@
 """A budget that only offload meets, for a Llama's step on a GPU; see the package.
 
-python -m tests.sm90.offload [checkpointed]
+python -m tests.sm90.offload
 """
 
 from __future__ import annotations
 
 import json
 import re
-import sys
 from typing import Any
 
 import torch
@@ -33,26 +32,13 @@ _BACK = re.compile(r"\.copy_\((?:reinterpret_tensor\()?host_\w+")
 _LOOP = "torch.ops.mst.loop.default("
 
 
-class _Generator(torch.Generator):
-    """Of random numbers on the device: checkpointed attention may draw some."""
-
-    device = torch.device("cuda", 0)
-
-    def clone_state(self) -> _Generator:
-        return _Generator()
-
-
-def main(*, checkpointed: bool) -> None:
+def main() -> None:
     device.install_or_leave()
-    torch.cuda.default_generators = (_Generator(),)  # type: ignore[assignment]
     peaks: dict[str, int] = {}
     modules: list[str] = []
     shares: list[tuple[int, int]] = []
     _record(peaks, modules, shares)
     with on_gpu(SIZES, torch.bfloat16) as (model, batch):
-        if checkpointed:
-            own: Any = model
-            own.gradient_checkpointing_enable({"use_reentrant": False})
         trace = mstc.simulate_step(model.train(), options=OPTIONS, **batch)
         weights = sum(p.nbytes for p in model.parameters())
     forward, backward = [text for text in modules if _LOOP in text][-2:]  # those of the step
@@ -94,4 +80,4 @@ def _record(peaks: dict[str, int], modules: list[str], shares: list[tuple[int, i
 
 
 if __name__ == "__main__":
-    main(checkpointed="checkpointed" in sys.argv[1:])
+    main()
