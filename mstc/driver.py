@@ -166,8 +166,21 @@ class ChunkPass(CustomGraphPass):
         log.info("%s", self.report)
 
 
-def _offloads(report: Report) -> AfterPartition:
+def _has_regions(gm: GraphModule) -> bool:
+    """Whether parts of a graph are compiled by themselves (`nested_compile_region`)."""
+    graphs = (module.graph for module in gm.modules() if isinstance(module, GraphModule))
+    region = torch.ops.higher_order.invoke_subgraph
+    return any(node.target is region for graph in graphs for node in graph.nodes)
+
+
+def _offloads(graph: GraphModule, report: Report) -> AfterPartition | None:
     """Has what is saved for the backward wait in the host's memory, and says how much."""
+    if _has_regions(graph):
+        report.notes.append(
+            "what is saved for the backward stays on the device: what leaves a "
+            "nested_compile_region has to be what that was traced with"
+        )
+        return None
 
     def rewrite(forward: GraphModule, backward: GraphModule, num_outputs: int) -> None:
         try:
@@ -306,7 +319,7 @@ def _compile(
     options = _settled(graph, inputs, options, report, subject)
     graph_pass = ChunkPass(options, report, is_record=subject is None)
     share = options.setting.activation_budget
-    offloads = _offloads(report) if options.setting.offload else None
+    offloads = _offloads(graph, report) if options.setting.offload else None
     if options.lowering == "eager":
         return compile_outer_eager(graph, inputs, graph_pass, share, offloads)
     build = options.lowering != "emit"

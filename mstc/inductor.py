@@ -396,7 +396,7 @@ def compile_outer(
     patches = dict(config)
     if graph_pass is not None:
         patches["joint_custom_pre_pass"] = graph_pass
-    if after_partition is not None and not _has_regions(gm):
+    if after_partition is not None:
         assert graph_pass is not None, "or PyTorch's caches would not know"
         users = config.get("custom_partitioner_fn", inductor_config.custom_partitioner_fn)
         patches["custom_partitioner_fn"] = _Partitioner(
@@ -406,14 +406,6 @@ def compile_outer(
         patches["reorder_for_peak_memory"] = False
     with _partitioned_within(activation_budget):
         return _compile_outer(gm, example_inputs, patches, build=build)
-
-
-def _has_regions(gm: GraphModule) -> bool:
-    """Whether parts of a graph are partitioned by themselves (`nested_compile_region`): what leaves
-    these has to be what they were traced with."""
-    graphs = (module.graph for module in gm.modules() if isinstance(module, GraphModule))
-    region = torch.ops.higher_order.invoke_subgraph
-    return any(node.target is region for graph in graphs for node in graph.nodes)
 
 
 class _Partitioner(CustomPartitionerFn):

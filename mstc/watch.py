@@ -177,6 +177,7 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self._scratch = scratch
         self._on_host = all(tensor.device.type in _HOSTS for tensor in own)
+        self._own = [tensor.untyped_storage() for tensor in own]  # or another could get its key
         self._events: list[MemoryEvent] = []
         self._time = 0.0
         self._loops: list[Span] = []
@@ -186,8 +187,8 @@ class Watch(TorchDispatchMode):
         self._alive: dict[int, tuple[int, object]] = {}  # storage -> number, what hears of its end
         self._sum: tuple[int, int, int] | None = None  # see `_is_in_place`
         self._really: dict[int, int] = {}  # number of a sum -> number of the addend it is made in
-        for tensor in own:
-            self._alive[_key(tensor)] = (0, None)
+        for storage in self._own:
+            self._alive[storage._cdata] = (0, None)
 
     @classmethod
     def is_infra_mode(cls) -> bool:

@@ -272,8 +272,17 @@ def test_hugging_face(name: str) -> None:
 
 @NON_LEAF
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
-@pytest.mark.parametrize("name", MIXTURES)
-@pytest.mark.parametrize("mode", ["plain", "autocast", "checkpoint"])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("Mixtral", "plain"),
+        ("GptOss", "plain"),
+        ("Qwen2Moe", "autocast"),
+        ("DeepseekV3", "autocast"),
+        ("Mixtral", "checkpoint"),
+        ("GptOss", "checkpoint"),
+    ],
+)
 def test_hugging_face_in_float32(name: str, mode: str) -> None:
     """The library's own product cannot be traced backward, so its graph would break; ours can."""
     model = mixture(name)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,11 +20,10 @@ from torch._dynamo.exc import BackendCompilerFailed  # what Dynamo makes of our 
 
 import mstc
 from mstc import plans
-from mstc.cli import checks, fit, html, layers, text
+from mstc.cli import checks, fit, html, layers, steps, text
 from mstc.cli.subject import Subject, SubjectError, Wanted, load_subject
 from mstc.errors import BudgetError, OptionError, SimulationError
 from mstc.quantity import parse_bytes
-from mstc.simulate import Backend, simulate_step
 from mstc.watch import SimulatedTrace
 
 app = typer.Typer(
@@ -36,8 +34,6 @@ app = typer.Typer(
     help="What torch.compile(model, backend='mst') does to a model: on any machine, without a GPU, "
     "without running it.",
 )
-
-_BACKENDS: tuple[Backend, ...] = ("inductor", "mst")
 
 Model = Annotated[
     str,
@@ -81,23 +77,26 @@ def explain(
     """Where the memory of a training step goes, what becomes a loop, and what does not, and why."""
     wanted = Wanted(seq_len, batch_size, dtype, checkpoint)
     subject = load_subject(model, wanted)
-    report = _explained(subject, memory_budget)
     # what a budget asks of the partitioner is in no plan that few layers could replay
     few = None if all_layers or memory_budget else layers.depths(subject)
     if few is None:
+        report = _explained(subject, memory_budget)
         traces = _traces(subject, memory_budget)
-        steps = {backend: layers.step_of(trace) for backend, trace in traces.items()}
+        found = {backend: layers.step_of(trace) for backend, trace in traces.items()}
     else:
-        steps = _steps(model, wanted, subject, few, report)
+        with _busy(f"planning, and simulating steps of {few[0]} and {few[1]} layers"):
+            report, found = steps.planned_and_simulated(
+                model, wanted, subject, few, lambda: _report(subject, memory_budget)
+            )
     if save_plan is not None:
         _save_plan(report, save_plan)
     if as_json:
-        found = {"model": model, "seq_len": seq_len, "batch_size": batch_size, "dtype": dtype}
-        found |= {"checkpoint": checkpoint, "layers": subject.num_layers}
-        found |= {"peaks": {b: _plain(s) for b, s in steps.items()}}
-        _print_json(found | {"report": json.loads(report.to_json())})
+        entry = {"model": model, "seq_len": seq_len, "batch_size": batch_size, "dtype": dtype}
+        entry |= {"checkpoint": checkpoint, "layers": subject.num_layers}
+        entry |= {"peaks": {b: _plain(s) for b, s in found.items()}}
+        _print_json(entry | {"report": json.loads(report.to_json())})
         return
-    text.print_explanation(Console(), subject, steps, report)
+    text.print_explanation(Console(), subject, found, report)
 
 
 @app.command()
@@ -212,50 +211,19 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 def _explained(subject: Subject, memory_budget: str | None) -> mstc.Report:
+    with _busy("reading the model's graph"):
+        return _report(subject, memory_budget)
+
+
+def _report(subject: Subject, memory_budget: str | None) -> mstc.Report:
     options = None if memory_budget is None else {"memory_budget": memory_budget}
     args, kwargs = subject.batch
-    with _busy("reading the model's graph"):
-        return mstc.explain(subject.model, *args, options=options, **kwargs)
+    return mstc.explain(subject.model, *args, options=options, **kwargs)
 
 
-def _traces(subject: Subject, memory_budget: str | None = None) -> dict[str, SimulatedTrace]:
-    budget = None if memory_budget is None else {"memory_budget": memory_budget}
-    traces: dict[str, SimulatedTrace] = {}
-    args, kwargs = subject.batch
-    for backend in _BACKENDS:
-        options = budget if backend == "mst" else None
-        with _busy(f"simulating a step under {backend}"):
-            traces[backend] = simulate_step(
-                subject.model, *args, backend=backend, options=options, **kwargs
-            )
-    return traces
-
-
-def _steps(
-    model: str, wanted: Wanted, subject: Subject, few: tuple[int, int], report: mstc.Report
-) -> dict[str, layers.Step]:
-    """Of all layers, from steps of few of them under the plan that was made for all."""
-    assert subject.num_layers is not None
-    found: dict[str, layers.Step] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        replayed = layers.options_of(report, Path(folder) / "plan.json")
-        for backend in _BACKENDS:
-            options = replayed if backend == "mst" else None
-
-            def simulate(
-                num_layers: int,
-                backend: Backend = backend,
-                options: dict[str, Any] | None = options,
-            ) -> SimulatedTrace:
-                one = load_subject(model, dataclasses.replace(wanted, num_layers=num_layers))
-                args, kwargs = one.batch
-                with _busy(f"simulating a step of {num_layers} layers under {backend}"):
-                    return simulate_step(
-                        one.model, *args, backend=backend, options=options, **kwargs
-                    )
-
-            found[backend] = layers.step_of_all(simulate, few, subject.num_layers)
-    return found
+def _traces(subject: Subject, memory_budget: str | None) -> dict[str, SimulatedTrace]:
+    with _busy("simulating steps"):
+        return steps.traces(subject, memory_budget)
 
 
 def _plain(step: layers.Step) -> dict[str, Any]:

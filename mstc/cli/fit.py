@@ -24,9 +24,7 @@ depend on the planner's choice for one length.
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +36,7 @@ from torch.utils._pytree import tree_leaves
 
 from mstc.cli.layers import Step, depths, extrapolate, options_of, step_of, step_of_all
 from mstc.cli.lengths import GRAIN, at_length, longest_computed, longest_tried, probe_of
+from mstc.cli.second import second_process
 from mstc.cli.subject import Subject, SubjectError, Wanted, load_subject
 from mstc.driver import MIN_ROWS
 from mstc.explain import explain
@@ -290,14 +289,9 @@ def fit_all(model: str, memory: int, wanted: Wanted, optimizer: str = "adamw") -
     if memory <= weights * (1 + OPTIMIZERS[optimizer]):
         return [fit(model, memory, wanted, way, optimizer) for way in WAYS]  # nothing to simulate
     own, other = (WAYS[0], WAYS[3]), (WAYS[1], WAYS[2])  # about as long
-    # no fork: PyTorch has threads, and Dynamo's state belongs to one process
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as second:
+    with second_process() as second:
         later = [second.submit(fit, model, memory, wanted, way, optimizer) for way in other]
-        try:
-            found = [fit(model, memory, wanted, way, optimizer) for way in own]
-        except BaseException:
-            second.shutdown(wait=False, cancel_futures=True)
-            raise
+        found = [fit(model, memory, wanted, way, optimizer) for way in own]
         found += [one.result() for one in later]
     return sorted(found, key=lambda one: WAYS.index(one.way))
 

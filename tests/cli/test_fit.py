@@ -21,12 +21,44 @@ CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 64,
     "intermediate_size": 256,
-    "num_hidden_layers": 5,
+    "num_hidden_layers": 4,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "vocab_size": 512,
     "max_position_embeddings": 1 << 20,
 }
+
+WEIGHTS = 656_512  # bytes, in bfloat16
+
+SCRIPT = """
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, gelu
+from torch.utils.checkpoint import checkpoint
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(512, 32), nn.Linear(32, 512)
+        self.up, self.down = nn.Linear(32, 128), nn.Linear(128, 32)
+        self.checkpointed = False
+
+    def gradient_checkpointing_enable(self, how):
+        self.checkpointed = True
+
+    def mlp(self, x):
+        return x + self.down(gelu(self.up(x)))
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        x = checkpoint(self.mlp, x, use_reentrant=False) if self.checkpointed else self.mlp(x)
+        return cross_entropy(self.head(x).flatten(0, 1).float(), ids.flatten())
+
+
+def build(seq_len, batch_size, dtype):
+    return Model().to(dtype), (torch.zeros(batch_size, seq_len, dtype=torch.long),)
+"""
 
 
 @pytest.fixture
@@ -63,9 +95,9 @@ def test_a_length_and_its_plan(
     assert chosen == found
 
 
-@pytest.mark.parametrize("way", fit.WAYS[1:], ids=lambda way: way.name)
+@pytest.mark.parametrize("way", [fit.WAYS[1], fit.WAYS[3]], ids=lambda way: way.name)
 def test_few_layers_stand_for_all(config: str, way: fit.Way) -> None:
-    """Five layers, of which two and three were simulated; the length that fits does fit."""
+    """Four layers, of which two and three were simulated; the length that fits does fit."""
     wanted = Wanted(1, dtype="bf16")
     memory = 600 * 2**20
     found = fit.fit(config, memory, wanted, way, "adamw")
@@ -100,23 +132,24 @@ def test_kinds_of_layers(tmp_path: Path) -> None:
 
 
 def test_command(config: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["fit", config, "--memory", "700KB", "--optimizer", "sgd"]
+    arguments = ["fit", config, "--memory", "600KB", "--optimizer", "sgd"]
     assert run([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [one["seq_len"] for one in found] == [None] * len(fit.WAYS), "not even the weights"
-    assert {one["state_nbytes"] for one in found} == {787_840}
+    assert {one["state_nbytes"] for one in found} == {WEIGHTS}
     assert run(arguments) == 0
     assert capsys.readouterr().out.count("none") == len(fit.WAYS)
 
 
 def test_four_ways_in_two_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In the order of the table, whoever found them; what one process finds the other would."""
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(CONFIG | {"num_hidden_layers": 1}))
-    assert run(["fit", str(path), "--memory", "40MiB", "--json", "--optimizer", "sgd"]) == 0
+    path = tmp_path / "model.py"
+    path.write_text(SCRIPT)
+    model = f"{path}:build"
+    assert run(["fit", model, "--memory", "40MiB", "--json", "--optimizer", "sgd"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [one["way"]["name"] for one in found] == [way.name for way in fit.WAYS]
-    second = fit.fit(str(path), 40 * 2**20, Wanted(1), fit.WAYS[1], "sgd")
+    second = fit.fit(model, 40 * 2**20, Wanted(1), fit.WAYS[1], "sgd")
     assert found[1] == dataclasses.asdict(second)
     lengths = [one["seq_len"] for one in found]
     assert lengths[0] >= 1024

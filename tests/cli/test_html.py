@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import mstc
-from mstc.cli import app, html, timeline
+from mstc.cli import html, steps, timeline
 from mstc.cli.app import run
 from mstc.cli.subject import Wanted, load_subject
 from mstc.cli.text import size
@@ -86,7 +86,7 @@ def made(script: str) -> Iterator[tuple[str, dict[str, SimulatedTrace]]]:
     torch._dynamo.reset()
     subject = load_subject(script, WANTED)
     args, kwargs = subject.batch
-    traces = app._traces(subject)
+    traces = steps.traces(subject)
     report = mstc.explain(subject.model, *args, **kwargs)
     yield html.page(subject, WANTED, traces, report), traces
     torch._dynamo.reset()

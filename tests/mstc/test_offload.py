@@ -146,6 +146,21 @@ def test_numbers_through_inductor(
     assert graphs
 
 
+def test_nested_regions_stay(graphs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part that is compiled by itself was traced with what is saved on the device."""
+    chosen(monkeypatch, OFFLOADED[0])
+    torch.manual_seed(0)
+    model, given = Decoder(layers=2).double(), batch(2, 33)
+    expected = gradients(model, model, given)
+    marked = torch.compiler.nested_compile_region(Layer.forward)
+    monkeypatch.setattr(Layer, "forward", marked)
+    options = {"memory_budget": 1, "over_budget": "warn"}
+    found = gradients(model, torch.compile(model, backend="mst", options=EAGER | options), given)
+    assert not graphs
+    assert "nested_compile_region" in str(mstc.last_report())
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_a_mistake_of_ours(graphs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The step runs with everything where it was, and says so."""
 
