@@ -3,6 +3,7 @@
     python -m benchmarks.tradeoff                           # resumes where it stopped
     python -m benchmarks.tradeoff --only llama --tokens 128,8192 --redo
     python -m benchmarks.tradeoff --every                   # all architectures, one length each
+    python -m benchmarks.tradeoff --predict                 # their times, as the planner has them
 
 Per model and length one fresh process, in which Inductor, mst by default ("auto") and settings that
 a budget chooses from take turns. Peaks are exact and hold the gradients, as a budget does. Two
@@ -26,8 +27,9 @@ from tqdm import tqdm
 
 from benchmarks import coverage, measure, store, tradeoff_page, zoo
 from mstc.budget import CHUNKED, FINER
-from mstc.driver import compile_graph
+from mstc.driver import analyze_graph, compile_graph
 from mstc.options import Options, Setting
+from mstc.report import Report
 from mstc.runtime.memory import measure_step
 
 _RESULTS = measure.ROOT / "benchmarks" / "results"
@@ -100,6 +102,50 @@ def row(job: dict[str, Any]) -> dict[str, Any]:
     return {"contenders": found}
 
 
+def predictions(job: dict[str, Any]) -> dict[str, float | None]:
+    """Setting -> the time of a step, of Inductor's, as the planner predicts it."""
+    coverage.let_dynamo_compile_everything()
+    architecture = zoo.ZOO[job["model"]]
+    subject = architecture.subject(zoo.ROW)
+    found: dict[str, float | None] = {}
+    for name in job["settings"]:
+        options = Options(setting=SETTINGS[name])
+        together = Report()
+
+        def backend(
+            gm: GraphModule,
+            inputs: Sequence[Any],
+            options: Options = options,
+            together: Report = together,
+        ) -> Callable[..., Any]:
+            report, run = analyze_graph(gm, inputs, options)
+            together.graphs += report.graphs
+            return run
+
+        compiled = architecture.compile(
+            subject.model, functools.partial(measure.compiled_by, backend=backend)
+        )
+        measure.training_step(compiled, subject.batch)()
+        found[name] = together.relative_time
+    return found
+
+
+def _worker(job: dict[str, Any]) -> dict[str, Any]:
+    return predictions(job) if job["predict"] else row(job)
+
+
+def _predict() -> None:
+    """Write what is predicted beside what was measured of every architecture."""
+    results = json.loads(EVERY.results.read_text())
+    for key, record in tqdm(results["records"].items(), unit="row"):
+        settings = [name for name in record["contenders"] if name in SETTINGS]
+        job = {"predict": True, "model": key.split("/")[0], "settings": settings}
+        found = measure.run_fresh("benchmarks.tradeoff", job, timeout_s=_TIMEOUT_S)
+        for name in settings:
+            record["contenders"][name]["predicted"] = found[name]
+        store.save(EVERY.results, results)
+
+
 def _compiled(name: str, part: Any) -> Callable[..., Any]:
     if name == BASE:
         return measure.compiled(part, name)
@@ -112,13 +158,14 @@ def _compiled(name: str, part: Any) -> Callable[..., Any]:
 
 
 def main(arguments: list[str]) -> int:
-    if measure.serve(row, arguments):
+    if measure.serve(_worker, arguments):
         return 0
     parser = argparse.ArgumentParser(
         prog="benchmarks.tradeoff", description=(__doc__ or "").split("\n")[0]
     )
     names = {"type": lambda text: text.split(","), "metavar": "NAME,..."}
     parser.add_argument("--every", action="store_true", help="the study of all architectures")
+    parser.add_argument("--predict", action="store_true", help="predict times, measure nothing")
     parser.add_argument("--only", **names)
     parser.add_argument("--tokens", **names)
     parser.add_argument("--rounds", type=int, default=7)
@@ -128,6 +175,10 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if unknown := set(options.only or ()) - set(zoo.ZOO):
         parser.error(f"unknown: {', '.join(sorted(unknown))} (known: {', '.join(zoo.ZOO)})")
+    if options.predict:
+        _predict()
+        _write_page()
+        return 0
     study = EVERY if options.every else LENGTHS
     header = measure.environment("cpu") | {"date": date.today().isoformat()}
     results = store.load(study.results, header, options.force)
@@ -137,7 +188,7 @@ def main(arguments: list[str]) -> int:
         key = f"{model}/{tokens}"
         if key in results["records"] and not options.redo:
             continue
-        job = {"model": model, "tokens": tokens, "rounds": options.rounds}
+        job = {"predict": False, "model": model, "tokens": tokens, "rounds": options.rounds}
         try:
             found = measure.run_fresh(
                 "benchmarks.tradeoff",
@@ -150,10 +201,14 @@ def main(arguments: list[str]) -> int:
             continue
         results["records"][key] = found | {"commit": coverage.commit()}
         store.save(study.results, results)
+    _write_page()
+    return 0
+
+
+def _write_page() -> None:
     tradeoff_page.write(
         json.loads(LENGTHS.results.read_text()), json.loads(EVERY.results.read_text())
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from benchmarks.table import table
 PAGE = measure.ROOT / "docs" / "tradeoff.md"
 PICTURE = PAGE.with_suffix(".svg")
 EVERY_PICTURE = PAGE.with_name("tradeoff-every.svg")
+PREDICTED_PICTURE = PAGE.with_name("tradeoff-predicted.svg")
 _BASE = "inductor"
 _ORANGE = "#d9822b"
 _COLUMNS = 6  # panels in a row, where there is one for every architecture
@@ -109,6 +110,48 @@ def draw_every(records: dict[str, dict[str, Any]]) -> None:
     plt.close(figure)
 
 
+def predicted(records: dict[str, dict[str, Any]]) -> dict[str, list[Point]]:
+    """Setting -> predicted and measured time, relative to Inductor's, of every architecture."""
+    found: dict[str, list[Point]] = {}
+    for record in records.values():
+        for name, (time, _) in points(record).items():
+            if (own := record["contenders"][name].get("predicted")) is not None:
+                found.setdefault(name, []).append((own, time))
+    return found
+
+
+def draw_predicted(records: dict[str, dict[str, Any]]) -> None:
+    """docs/tradeoff-predicted.svg: a dot per architecture and setting."""
+    figure, axes = plt.subplots(figsize=(5, 4.6), layout="constrained")
+    found = predicted(records)
+    colors = plt.get_cmap("viridis")([0.1 + 0.75 * i / len(found) for i in range(len(found))])
+    for (name, pairs), color in zip(found.items(), colors, strict=True):
+        axes.plot(*zip(*pairs, strict=True), "o", markersize=4, color=color, alpha=0.7, label=name)
+    every = [value for pairs in found.values() for pair in pairs for value in pair]
+    ends = min(every) - 0.03, max(every) + 0.03
+    axes.plot(ends, ends, color="#888888", linewidth=1)
+    axes.set(xlim=ends, ylim=ends, aspect="equal")
+    axes.set_xlabel("predicted time per step, Inductor = 1")
+    axes.set_ylabel("measured")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper left")
+    figure.savefig(PREDICTED_PICTURE)
+    plt.close(figure)
+
+
+def _predicted_table(results: dict[str, Any]) -> str:
+    lines: list[list[str]] = []
+    found = predicted(results["records"])
+    together = [pair for pairs in found.values() for pair in pairs]
+    for name, pairs in {**found, "all": together}.items():
+        off = [abs(own - time) for own, time in pairs]
+        means = [sum(values) / len(pairs) for values in (*zip(*pairs, strict=True), off)]
+        lines.append([name, str(len(pairs)), *(f"{mean:.2f}" for mean in means), f"{max(off):.2f}"])
+    header = "setting", "steps", "predicted", "measured", "off by, mean", "at most"
+    return table(header, lines)
+
+
 def page(lengths: dict[str, Any], every: dict[str, Any]) -> str:
     """docs/tradeoff.md."""
     return _PAGE.format(
@@ -117,6 +160,8 @@ def page(lengths: dict[str, Any], every: dict[str, Any]) -> str:
         every_where=_where(every),
         every_table=_table(every),
         every_line=_line(every),
+        predicted_table=_predicted_table(every),
+        steps=sum(map(len, predicted(every["records"]).values())),
     )
 
 
@@ -197,11 +242,29 @@ At the sizes of the coverage table. Made by `python -m benchmarks.tradeoff --eve
 *Finer*: chunks a quarter as large as is fast.
 
 {every_table}
+
+## Times that are predicted
+
+![predicted against measured time](tradeoff-predicted.svg)
+
+The planner predicts the time of a step from three figures of a graph and three of the machine
+(`passes/cost.py`): multiplications, of which loops do some a second time; bytes that are written to
+memory, of which chunks keep some in the caches; bytes that every further chunk reads again. A byte
+written takes 24 multiplications' time here, a byte read again 8, and 16 MiB of a chunk stay in the
+caches: these three are fitted to the very steps above, on one machine and in float32, so that the
+table says how well three figures explain {steps} steps, and not how well they foretell another
+machine's. `mstc explain` and the report show the predicted time of a CPU's step in float32; a
+memory budget does not try larger chunks that are predicted to save no time; a loop runs along an
+axis of weights only if that is not predicted to be slower. Nothing is predicted elsewhere. Made by
+`python -m benchmarks.tradeoff --predict`; means over architectures.
+
+{predicted_table}
 """
 
 
 def write(lengths: dict[str, Any], every: dict[str, Any]) -> None:
-    """The page and both pictures."""
+    """The page and its pictures."""
     draw_lengths(lengths["records"])
     draw_every(every["records"])
+    draw_predicted(every["records"])
     PAGE.write_text(page(lengths, every))

@@ -13,6 +13,8 @@ Terms
               instead of recomputation: beside it, hardly anything is saved.
 
 Algorithm
+    0. Settings with larger chunks are left out where the planner predicts no less time for them
+       (`passes.cost`): values of small chunks stay in a CPU's caches.
     1. A setting's peak is that of the code which Inductor writes for it, run on fake tensors
        (`mstc.emission`, `mstc.watch`): no estimate, and no kernel is built.
     2. Bisection finds the first setting whose peak is within the budget, in the first part of the
@@ -33,7 +35,8 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -54,7 +57,9 @@ from passes.offload import is_far
 log = logging.getLogger(__name__)
 
 Compile = Callable[[GraphModule, Sequence[Any], Options], Callable[..., Any]]
+Times = Callable[[GraphModule, Sequence[Any], Sequence[Setting]], Sequence[float | None]]
 
+FASTER = 1.02  # by which a setting's predicted time has to be shorter than a smaller one's
 _STEPS = 8  # between no loops and the smallest chunks
 CHUNKED = tuple(Setting(tightness=i / _STEPS) for i in range(_STEPS + 1))
 FINER = (Setting(tightness=1.0, least_divisor=4),)
@@ -100,7 +105,12 @@ def _device_bytes(device: torch.device) -> int | None:
 
 
 def settle(
-    graph: GraphModule, inputs: Sequence[Any], options: Options, compile_: Compile, key: str
+    graph: GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    compile_: Compile,
+    times: Times,
+    key: str,
 ) -> tuple[Options, str]:
     """Choose a setting for a graph.
 
@@ -109,6 +119,8 @@ def settle(
         inputs: example inputs, fake.
         options: with a budget.
         compile_: compiles for a simulation, with given options.
+        times: predicts the time of a step under each of some settings, of that without loops, or
+            None where it is not known.
         key: what names the graph and the options, to find what was chosen before.
 
     Returns:
@@ -130,7 +142,9 @@ def settle(
     chosen = _kept(key)
     if chosen is None:
         try:
-            parts = _parts(inputs, device)
+            with _apart(graph, inputs) as (copied, own):
+                chunked = worth_trying(CHUNKED, times(copied, own, CHUNKED))
+            parts = _parts(inputs, device, chunked)
             chosen = _search(graph, inputs, options, compile_, budget, parts)
         except Exception as error:  # the model reads a value, or Inductor cannot compile it
             log.debug("a budget cannot be checked", exc_info=error)
@@ -172,12 +186,31 @@ def _kept(key: str) -> tuple[Setting, int] | None:
         return None
 
 
-def _parts(inputs: Sequence[Any], device: torch.device) -> tuple[tuple[Setting, ...], ...]:
+def worth_trying(settings: Sequence[Setting], times: Sequence[float | None]) -> tuple[Setting, ...]:
+    """Those that are predicted to be faster than all smaller ones; the first (no loops) and the
+    last (the smallest) in any case.
+
+    Args:
+        settings: from large to small.
+        times: predicted, or None.
+    """
+    found = [settings[-1]]
+    least = times[-1]
+    for setting, time in reversed(list(zip(settings, times, strict=True))[1:-1]):
+        if time is None or least is None or time * FASTER <= least:
+            found.append(setting)
+            least = time
+    return settings[0], *reversed(found)
+
+
+def _parts(
+    inputs: Sequence[Any], device: torch.device, chunked: tuple[Setting, ...] = CHUNKED
+) -> tuple[tuple[Setting, ...], ...]:
     """The ladder for a graph, in the parts that are searched one after the other."""
     trains = any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
     if not trains or not torch.is_grad_enabled():
-        return CHUNKED, _WITHOUT_GRADIENTS
-    parts = CHUNKED, LADDER[len(CHUNKED) :]
+        return chunked, _WITHOUT_GRADIENTS
+    parts = chunked, LADDER[len(CHUNKED) :]
     return (*parts, OFFLOADED) if is_far(device) else parts
 
 
@@ -222,12 +255,9 @@ def graph_peak(
     Args:
         as for `settle`.
     """
-    mode = detect_fake_mode(inputs) or FakeTensorMode()
-    copied = copy.deepcopy(graph.graph)  # compiling changes it
-    with unrecorded(), tracing(TracingContext(mode)), mode:
-        own = [_fresh(value) for value in inputs]
+    with _apart(graph, inputs) as (copied, own):
         with backward_ahead():
-            compiled = compile_(GraphModule(graph, copied), own, replace(options, lowering="emit"))
+            compiled = compile_(copied, own, replace(options, lowering="emit"))
         leaves = [t for t in own if isinstance(t, Tensor) and t.requires_grad]
         tangents: list[Tensor] = []
 
@@ -246,6 +276,15 @@ def graph_peak(
         with watch:
             step()
         return watch.summary([t.grad for t in leaves if t.grad is not None]).peak_nbytes
+
+
+@contextmanager
+def _apart(graph: GraphModule, inputs: Sequence[Any]) -> Iterator[tuple[GraphModule, list[Any]]]:
+    """A graph of its own, since compiling changes it, with inputs that nobody else knows of."""
+    mode = detect_fake_mode(inputs) or FakeTensorMode()
+    copied = copy.deepcopy(graph.graph)
+    with unrecorded(), tracing(TracingContext(mode)), mode:
+        yield GraphModule(graph, copied), [_fresh(value) for value in inputs]
 
 
 def _fresh(value: Any) -> Any:

@@ -24,6 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 import passes
 from mstc import history
 from mstc.budget import settle
+from mstc.device import kinds_of, machine_of, min_rows
 from mstc.errors import FallbackWarning
 from mstc.inductor import (
     AfterPartition,
@@ -51,7 +52,6 @@ from passes.records import FixedLoop, Plan
 
 log = logging.getLogger(__name__)
 
-MIN_ROWS = {"cpu": 256, "cuda": 2048}  # below these, matrix products slow down
 _SOURCES = tuple(
     str(p)
     for package in (Path(passes.__file__).parent, Path(__file__).parent)
@@ -113,28 +113,28 @@ class ChunkPass(CustomGraphPass):
         return get_hash_for_files(_SOURCES, json.dumps([own, self.is_record], sort_keys=True))
 
     def plan_options(self, graph: Graph) -> PlanOptions:
-        kinds = {
-            n.meta["val"].device.type
-            for n in graph.nodes
-            if isinstance(n.meta.get("val"), torch.Tensor)
-        }
-        default = max((MIN_ROWS.get(k, MIN_ROWS["cpu"]) for k in kinds), default=MIN_ROWS["cpu"])
+        kinds = kinds_of(graph)
         return PlanOptions(
-            min_rows=self.options.min_chunk_rows or default,
+            min_rows=self.options.min_chunk_rows or min_rows(kinds),
             min_peak_bytes=self.options.min_peak_bytes,
             chunk_rows=self.options.chunk_rows,
             gradient_in_forward=self.options.gradient_in_forward,
             fixed=self.fixed,
             tightness=None if self.is_record else self.options.setting.tightness,
             least_divisor=self.options.setting.least_divisor,
+            machine=machine_of(graph),
             # measured on CPUs only (docs/axes.md)
             loop_axes=self.options.setting.loop_axes
             or ("either" if kinds == {"cpu"} else "tokens"),
         )
 
+    def lowering(self) -> str:
+        """What the loops of a plan are told."""
+        lowering = {"kind": self.options.lowering, "config": self.options.body_config()}
+        return json.dumps(lowering, sort_keys=True)
+
     def __call__(self, graph: Graph) -> None:
         self.has_run = True
-        lowering = {"kind": self.options.lowering, "config": self.options.body_config()}
         try:
             planned = passes.run_passes(
                 without_duplicates(graph),
@@ -143,7 +143,7 @@ class ChunkPass(CustomGraphPass):
                 all_axes=self.is_record,
                 count_random=not wants_eager_random_numbers(),
                 loop_op=loop_op,
-                lowering=json.dumps(lowering, sort_keys=True),
+                lowering=self.lowering(),
                 observe=Observer(),
             )
         except Exception as error:  # a mistake of ours must not cost the user the run
@@ -164,6 +164,31 @@ class ChunkPass(CustomGraphPass):
         self.report.graphs.append(entry)
         dump("mst_report", self.report.to_json, encoding="json")
         log.info("%s", self.report)
+
+
+class _TimesPass(ChunkPass):
+    """Predicts the times of a graph's steps under several settings, and does nothing to it."""
+
+    def __init__(self, options: Options, settings: Sequence[Setting]) -> None:
+        super().__init__(options, Report())
+        self._settings = settings
+        self.found: list[float | None] = [None] * len(settings)
+
+    def __call__(self, graph: Graph) -> None:
+        options = self.plan_options(graph)
+        if options.machine is None:
+            return
+        try:
+            self.found = passes.relative_times(
+                without_duplicates(graph),
+                [dataclasses.replace(options, tightness=one.tightness) for one in self._settings],
+                min_region_bytes=self.options.min_region_bytes,
+                count_random=not wants_eager_random_numbers(),
+                loop_op=loop_op,
+                lowering=self.lowering(),
+            )
+        except Exception as error:  # a mistake of ours: all settings are tried
+            log.debug("times cannot be predicted", exc_info=error)
 
 
 def _has_regions(gm: GraphModule) -> bool:
@@ -293,10 +318,17 @@ def _settled(
     def compiled(gm: GraphModule, own: Sequence[Any], tried: Options) -> Callable[..., Any]:
         return _compile(gm, own, tried, Report(), gm)
 
+    def times(
+        gm: GraphModule, own: Sequence[Any], settings: Sequence[Setting]
+    ) -> list[float | None]:
+        predicted = _TimesPass(options, settings)
+        show_outer(gm, own, predicted)
+        return predicted.found
+
     # one answer for a simulation and for what it is of
     asked = ChunkPass(dataclasses.replace(options, lowering="inductor"), report)
     key = report_key(subject, asked.uuid(), options.inductor)
-    options, line = settle(graph, inputs, options, compiled, key)
+    options, line = settle(graph, inputs, options, compiled, times, key)
     report.notes.append(line)
     return options
 

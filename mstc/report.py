@@ -66,7 +66,9 @@ class GraphReport:
     rewrites: tuple[Rewrite, ...]
     refusals: tuple[Refusal, ...]
     floor: int  # predicted bytes with these loops and chunks of nothing
+    flops: int  # of products, attention and convolutions in a step without loops
     extra_work: float  # multiplications that loops do a second time, as a share of the step's
+    relative_time: float | None  # predicted, of Inductor's; None where nothing is known
     note: str = ""
 
     @property
@@ -84,6 +86,15 @@ class Report:
         default_factory=list
     )  # outputs that did not, bodies that fell back
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def relative_time(self) -> float | None:
+        """Predicted, of Inductor's, over all graphs; None where nothing is known."""
+        total = sum(graph.flops for graph in self.graphs)
+        times = [graph.relative_time for graph in self.graphs]
+        if not total or None in times:
+            return None
+        return sum(g.flops * (g.relative_time or 1) for g in self.graphs) / total
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -184,7 +195,9 @@ def graph_report(plan: Plan, *, training: bool, note: str = "") -> GraphReport:
         rewrites=plan.rewrites,
         refusals=plan.refusals,
         floor=plan.floor,
+        flops=plan.flops,
         extra_work=plan.extra_work,
+        relative_time=plan.relative_time,
         note=note,
     )
 
@@ -224,11 +237,13 @@ def render(report: Report) -> str:
         if graph.untouched:
             lines.append(f"  predicted peak {_mib(graph.peak_before)}; left untouched")
         else:
+            time = graph.relative_time
             lines.append(
                 f"  predicted peak {_mib(graph.peak_before)} -> {_mib(graph.peak_after)}, "
                 f"{graph.peak_after / max(1, graph.floor):.2f}x of the floor "
                 f"({_mib(graph.floor)}: what stays whatever the chunks), "
                 f"{graph.extra_work:.0%} of the multiplications done twice"
+                + ("" if time is None else f", predicted time {time:.2f}x")
             )
         lines.append(
             "  intermediate memory at the peak, before"

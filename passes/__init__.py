@@ -28,7 +28,7 @@ its arguments; nothing here imports `mstc`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch.fx import Graph
 
@@ -38,13 +38,13 @@ from passes.copies import drop_other_names
 from passes.counted import count_random_numbers
 from passes.generated import remake_generated
 from passes.layout import LayoutError, keep_strides
-from passes.plan import Facts, Planned, PlanOptions, left_alone, make_plan
+from passes.plan import Facts, Planned, PlanOptions, left_alone, make_plan, predict_times
 from passes.regions import find_regions
 from passes.roles import join, separate
 from passes.shift import move_slices
 from passes.verify import verify_same_interface
 
-__all__ = ["run_passes"]
+__all__ = ["relative_times", "run_passes"]
 
 
 def run_passes(
@@ -70,6 +70,53 @@ def run_passes(
         lowering: passed on to the loop op.
         observe: called after each pass with its name and its result.
     """
+    facts = _facts(graph, options, min_region_bytes, all_axes, count_random, observe)
+    planned = make_plan(facts, options, loop_op=loop_op, lowering=lowering)
+    observe("plan", planned.plan)
+    if planned.chunked is not None:
+        join(planned.chunked.graph)
+        refresh_views(planned.chunked.graph)
+        separate_twins(planned.chunked.graph, loop_op)
+        try:
+            keep_strides(graph, planned.chunked.graph)
+        except LayoutError as error:
+            return left_alone(planned, str(error))
+        verify_same_interface(graph, planned.chunked.graph)
+        observe("chunk", planned.chunked)
+    return planned
+
+
+def relative_times(
+    graph: Graph,
+    options: Sequence[PlanOptions],
+    *,
+    min_region_bytes: int,
+    count_random: bool = True,
+    loop_op: Callable[..., object],
+    lowering: str,
+) -> list[float | None]:
+    """The predicted times of plans that differ in how tight they are, of that without loops.
+
+    Args:
+        as for `run_passes`; `options` differ in `tightness` alone.
+    """
+    facts = _facts(graph, options[0], min_region_bytes, False, count_random, _unobserved)
+    return predict_times(facts, options, loop_op=loop_op, lowering=lowering)
+
+
+def _unobserved(name: str, value: object) -> None:
+    pass
+
+
+def _facts(
+    graph: Graph,
+    options: PlanOptions,
+    min_region_bytes: int,
+    all_axes: bool,
+    count_random: bool,
+    observe: Callable[[str, object], None],
+) -> Facts:
+    """Everything before the plan; arguments as for `run_passes`."""
     original = graph
     graph = drop_other_names(graph)
     graph, rewrites = drop_causal_masks(graph, min_bytes=min_region_bytes)
@@ -92,21 +139,4 @@ def run_passes(
         loop_axes=options.loop_axes,
     )
     observe("regions", (regions, refusals))
-    planned = make_plan(
-        Facts(original, graph, rewrites, axes, regions, refusals),
-        options,
-        loop_op=loop_op,
-        lowering=lowering,
-    )
-    observe("plan", planned.plan)
-    if planned.chunked is not None:
-        join(planned.chunked.graph)
-        refresh_views(planned.chunked.graph)
-        separate_twins(planned.chunked.graph, loop_op)
-        try:
-            keep_strides(original, planned.chunked.graph)
-        except LayoutError as error:
-            return left_alone(planned, str(error))
-        verify_same_interface(original, planned.chunked.graph)
-        observe("chunk", planned.chunked)
-    return planned
+    return Facts(original, graph, rewrites, axes, regions, refusals)

@@ -41,7 +41,7 @@ from passes import rules
 from passes.axes import Axes
 from passes.body import Body, BodyError
 from passes.chunk import ChunkedGraph, UnorderedLoops, chunk_graph, mutated_inputs
-from passes.cost import extra_work
+from passes.cost import Loop, Machine, Work, work_of
 from passes.liveness import analyze_liveness, saved_values, tangent_nodes
 from passes.modes import Bodies, gradient_in_forward, recompute
 from passes.records import (
@@ -62,6 +62,7 @@ MIN_GAIN = 0.05  # of the predicted peak, below which the graph is left alone
 WORTH_A_ROUND = 1.02  # of the lowest predicted peak, up to which a plan with fewer loops is better
 SMALL = 1 / 8  # of `min_peak_bytes`: a smaller chunk saves nothing that matters, and costs its call
 AXIS_GAIN = 1 / 8  # of the predicted peak, for another axis: as much as the estimate may be off by
+SLOWER = 1.05  # predicted times of two plans of one graph tell themselves apart from here on
 AT_PEAK = 0.02  # of the peak, below which a region counts as off it
 
 
@@ -78,6 +79,7 @@ class PlanOptions:
     fixed: tuple[FixedLoop, ...] | None = None  # these loops, and no planning
     tightness: float | None = None  # 0: no loop, 1: the smallest chunks; None: the rule of step 4
     loop_axes: LoopAxes = "tokens"  # as for `passes.regions.find_regions`
+    machine: Machine | None = None  # where the step runs, if its cost is known
     least_divisor: int = 1  # makes the least chunk smaller, where `tightness` 1 is not enough
 
     def __post_init__(self) -> None:
@@ -162,6 +164,7 @@ def left_alone(planned: Planned, reason: str) -> Planned:
         after=plan.before,
         floor=plan.peak_before,
         extra_work=0.0,
+        relative_time=1.0,
     )
     return Planned(unchanged, None)
 
@@ -215,13 +218,12 @@ class _Planner:
         self.prepared: dict[tuple[Region, Mode | None], tuple[LoopPlan, Bodies] | None] = {}
 
     def run(self) -> Planned:
-        before = analyze_liveness(self.facts.original)
+        before = self.before
         if self.options.fixed is not None:
             return self.replay(before, self.options.fixed)
         if self.options.tightness is None and before.peak_bytes < self.options.min_peak_bytes:
             return self.untouched(before)
-        changed = self.graph is not self.facts.original
-        unlooped = analyze_liveness(self.graph) if changed else before
+        unlooped = self.unlooped
         if self.options.tightness is None:
             rounds = self.rounds(unlooped, self.rule)
             best = WORTH_A_ROUND * _lowest(rounds)
@@ -242,6 +244,29 @@ class _Planner:
             kept = self.along_weights(kept)
         return self.planned(kept, before)
 
+    @functools.cached_property
+    def before(self) -> Liveness:
+        """Memory of the graph as it was traced."""
+        return analyze_liveness(self.facts.original)
+
+    @functools.cached_property
+    def unlooped(self) -> Liveness:
+        """Memory of the graph that is planned, without loops."""
+        changed = self.graph is not self.facts.original
+        return analyze_liveness(self.graph) if changed else self.before
+
+    def work(self, chosen: dict[LoopPlan, Bodies]) -> Work:
+        """What a step does with these loops."""
+        machine = self.options.machine
+        return work_of(
+            self.facts.original,
+            self.before,
+            self.unlooped,
+            (Loop(p, b, self.chunk_bytes(p, b)) for p, b in chosen.items()),
+            self.axes,
+            machine.near_nbytes if machine else 0,
+        )
+
     def along_weights(self, made: Round) -> Round:
         """Step 6 of the algorithm."""
         kinds = {_kind(p.region) for p in made.chosen if p.region.instead is not None}
@@ -255,11 +280,20 @@ class _Planner:
                 else:
                     chosen[prepared[0]] = prepared[1]
             changed = self.resized(chosen, self.rule)
+            if self.is_slower(changed, made):
+                continue
             now, before = (self.while_running(one.chunked) for one in (changed, made))
             limit = (1 - AXIS_GAIN) * before.peak_intermediate_bytes
             if now.peak_intermediate_bytes <= limit and now.peak_bytes <= before.peak_bytes:
                 made = changed
         return made
+
+    def is_slower(self, one: Round, other: Round) -> bool:
+        machine = self.options.machine
+        if machine is None:
+            return False
+        now, before = (self.work(r.chosen).relative_time(machine) for r in (one, other))
+        return now > SLOWER * before
 
     def while_running(self, chunked: ChunkedGraph) -> Liveness:
         """Memory with what a loop makes counted from its first chunk on: sums in low precision have
@@ -318,6 +352,7 @@ class _Planner:
     def planned(self, made: Round, before: Liveness) -> Planned:
         floor = analyze_liveness(made.chunked.graph)
         start, after, least = (live.peak_intermediate_bytes for live in (before, made.live, floor))
+        work, machine = self.work(made.chosen), self.options.machine
         plan = Plan(
             loops=tuple(made.chosen),
             rewrites=self.facts.rewrites,
@@ -327,13 +362,27 @@ class _Planner:
             before=before,
             after=made.live,
             floor=least,
-            extra_work=extra_work(self.facts.original, made.chosen.values()),
+            flops=work.flops,
+            extra_work=work.extra,
+            relative_time=work.relative_time(machine) if machine else None,
         )
         return Planned(plan, made.chunked)
 
     def untouched(self, before: Liveness) -> Planned:
         start = before.peak_intermediate_bytes
-        plan = Plan((), (), self.relevant(before), start, start, before, before, start, 0.0)
+        plan = Plan(
+            loops=(),
+            rewrites=(),
+            refusals=self.relevant(before),
+            peak_before=start,
+            peak_after=start,
+            before=before,
+            after=before,
+            floor=start,
+            flops=self.work({}).flops,
+            extra_work=0.0,
+            relative_time=1.0,
+        )
         return Planned(plan, None)
 
     def relevant(self, before: Liveness) -> tuple[Refusal, ...]:
@@ -479,6 +528,11 @@ class _Planner:
             extra[loop.node] = int(share * self.body_bytes(loop.body, loop.plan.region))
         return extra
 
+    def chunk_bytes(self, plan: LoopPlan, bodies: Bodies) -> int:
+        """Bytes that a chunk of a loop needs, in its larger body."""
+        whole = max((self.body_bytes(b, plan.region) for b in bodies.all), default=0)
+        return whole * plan.chunk // plan.region.length
+
     def body_bytes(self, body: Body, region: Region) -> int:
         """`body_bytes`, once per distinct body."""
         key = (body.spec, region.length)
@@ -524,3 +578,19 @@ def make_plan(
 ) -> Planned:
     """Choose regions, modes and chunk sizes for a graph, and rewrite it."""
     return _Planner(facts, options, loop_op, lowering).run()
+
+
+def predict_times(
+    facts: Facts,
+    options: Sequence[PlanOptions],
+    *,
+    loop_op: Callable[..., object],
+    lowering: str,
+) -> list[float | None]:
+    """The predicted time of each plan; options differ in `tightness` alone."""
+    planner = _Planner(facts, options[0], loop_op, lowering)
+    found: list[float | None] = []
+    for one in options:
+        planner.options = one  # bodies do not depend on it
+        found.append(planner.run().plan.relative_time)
+    return found

@@ -158,4 +158,6 @@ class Plan:
     before: Liveness = field(repr=False)
     after: Liveness = field(repr=False)
     floor: int  # predicted bytes of these loops with chunks of nothing, gradients not counted
+    flops: int  # of products, attention and convolutions in a step without loops
     extra_work: float  # multiplications done once more, as a share of all that the step needs
+    relative_time: float | None  # predicted, of the step without loops; None: not known

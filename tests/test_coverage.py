@@ -312,8 +312,20 @@ def test_trade_offs_are_those_that_were_published():
         for record in results["records"].values():
             assert set(record["contenders"]) == {"inductor", *study.settings}
     assert tradeoff_page.PAGE.read_text() == tradeoff_page.page(lengths, every)
-    for picture in (tradeoff_page.PICTURE, tradeoff_page.EVERY_PICTURE):
-        assert "<svg" in picture.read_text()
+    for name in ("tradeoff", "tradeoff-every", "tradeoff-predicted"):
+        assert "<svg" in tradeoff_page.PAGE.with_name(f"{name}.svg").read_text()
+
+
+def test_times_are_predicted_as_was_published():
+    """By the planner of today; and about as they were measured."""
+    records = json.loads(tradeoff.EVERY.results.read_text())["records"]
+    settings = list(tradeoff.EVERY.settings)
+    found = tradeoff.predictions({"model": "encoder", "settings": settings})
+    published = records["encoder/0"]["contenders"]
+    assert found == {name: pytest.approx(published[name]["predicted"]) for name in settings}
+    pairs = [pair for own in tradeoff_page.predicted(records).values() for pair in own]
+    assert len(pairs) == len(records) * len(settings)
+    assert sum(abs(own - time) for own, time in pairs) < 0.08 * len(pairs)
 
 
 def test_a_row_above_the_limit_is_measured_three_times(

@@ -38,7 +38,7 @@ from mstc.cli.layers import Step, depths, extrapolate, options_of, step_of, step
 from mstc.cli.lengths import GRAIN, at_length, longest_computed, longest_tried, probe_of
 from mstc.cli.second import second_process
 from mstc.cli.subject import Subject, SubjectError, Wanted, load_subject
-from mstc.driver import MIN_ROWS
+from mstc.device import MIN_ROWS
 from mstc.explain import explain
 from mstc.simulate import Backend, Simulation, loss_of
 from mstc.watch import SimulatedTrace

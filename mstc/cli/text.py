@@ -22,6 +22,7 @@ _RIGHT = {"bytes", "loops", "peak", "intermediate", "not whole", "tokens", "step
 
 
 _FEW = "{0}: {2} and {3} of {1} layers simulated; what further ones add is the same."
+_TIME = "Predicted time of a step on a CPU: {:.2f}x of Inductor's, give or take 0.08.\n"
 _ASSUMED = """\
 step: the peak of forward and backward, gradients included. state: weights and the states of \
 {optimizer}, in the weights' dtype. mst with options={options}. Simulated from the code that \
@@ -55,6 +56,8 @@ def print_explanation(
                 Text(f"{loop.seed} {loop.source}"),
             )
         console.print(table)
+        if report.relative_time is not None:
+            console.print(_TIME.format(report.relative_time))
     else:
         console.print("No loops: the graph goes to Inductor as it is.\n")
     refusals = [r for graph in report.graphs for r in graph.refusals] + report.refusals

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import mstc
-from mstc import budget
-from mstc.budget import CHUNKED, LADDER, budget_bytes
+from mstc import budget, device
+from mstc.budget import CHUNKED, LADDER, budget_bytes, worth_trying
 from mstc.errors import BudgetWarning, OptionError
 from mstc.options import Options, Setting, parse_options
 from mstc.runtime.memory import measure_step
 from mstc.simulate import simulate_step
+from passes.cost import Machine
 from tests.models import (
     NON_LEAF,
     TinyLM,
@@ -283,3 +284,45 @@ def test_the_ladder_goes_down() -> None:
     for before, after in pairwise(keys):
         assert all(a <= b for a, b in zip(before, after, strict=True))
         assert before != after
+
+
+@pytest.mark.parametrize(
+    ("times", "kept"),
+    [
+        ([1.0, 0.8, 0.9, 0.95], [0, 1, 2, 3]),  # the larger, the faster
+        ([1.0, 0.9, 0.85, 0.8], [0, 3]),  # the smallest are fastest
+        ([1.0, 0.99, 0.9, 1.1], [0, 2, 3]),
+        ([0.5, 0.99, 0.99, 1.0], [0, 3]),  # not by enough
+        ([1.0, None, 0.9, 0.8], [0, 1, 3]),
+        ([None, None, None, None], [0, 1, 2, 3]),
+    ],
+    ids=str,
+)
+def test_settings_that_are_worth_trying(times: list[float | None], kept: list[int]) -> None:
+    settings = CHUNKED[:4]
+    assert worth_trying(settings, times) == tuple(settings[i] for i in kept)
+
+
+@NON_LEAF
+def test_chunks_that_save_no_time_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values of small chunks stay in a CPU's caches; with sums in float64, nothing is known."""
+    tried: list[Setting] = []
+
+    def search(*args: Any) -> tuple[Setting, int]:
+        tried[:] = args[-1][0]
+        return CHUNKED[-1], 1
+
+    monkeypatch.setattr(budget, "_search", search)
+    monkeypatch.setattr(budget, "_kept", lambda key: None)
+
+    def settings_of(dtype: torch.dtype, machine: Machine) -> list[Setting]:
+        monkeypatch.setattr(device, "CPU_IN_FLOAT32", machine)
+        torch._dynamo.reset()
+        _step(Deep().to(dtype), memory_budget="1GiB", lowering="eager")()
+        return list(tried)
+
+    near = Machine(written=1000, reread=0, near_nbytes=1 << 12)
+    far = Machine(written=0, reread=1000, near_nbytes=0)
+    assert settings_of(torch.float32, near) == [CHUNKED[0], CHUNKED[-1]]
+    assert len(settings_of(torch.float32, far)) > 4, "the larger, the fewer bytes are read again"
+    assert settings_of(torch.float64, near) == list(CHUNKED)
