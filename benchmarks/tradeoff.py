@@ -17,6 +17,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -99,7 +100,14 @@ def row(job: dict[str, Any]) -> dict[str, Any]:
     times = measure.alternate(steps, subject.model, "cpu", job["rounds"])
     for name, values in times.items():
         found[name]["rounds_s"] = [round(value, 5) for value in values]
+    if job["tokens"] == OWN:
+        _put_beside(found, predictions(job))
     return {"contenders": found}
+
+
+def _put_beside(found: dict[str, Any], predicted: dict[str, float | None]) -> None:
+    for name, time in predicted.items():
+        found[name]["predicted"] = time
 
 
 def predictions(job: dict[str, Any]) -> dict[str, float | None]:
@@ -137,13 +145,16 @@ def _worker(job: dict[str, Any]) -> dict[str, Any]:
 def _predict() -> None:
     """Write what is predicted beside what was measured of every architecture."""
     results = json.loads(EVERY.results.read_text())
-    for key, record in tqdm(results["records"].items(), unit="row"):
-        settings = [name for name in record["contenders"] if name in SETTINGS]
-        job = {"predict": True, "model": key.split("/")[0], "settings": settings}
-        found = measure.run_fresh("benchmarks.tradeoff", job, timeout_s=_TIMEOUT_S)
-        for name in settings:
-            record["contenders"][name]["predicted"] = found[name]
-        store.save(EVERY.results, results)
+
+    def fresh(key: str) -> dict[str, Any]:
+        job = {"predict": True, "model": key.split("/")[0], "settings": EVERY.settings}
+        return measure.run_fresh("benchmarks.tradeoff", job, timeout_s=_TIMEOUT_S)
+
+    with ThreadPoolExecutor(2) as pool:  # no time is measured
+        found = pool.map(fresh, results["records"])
+        for record in tqdm(results["records"].values(), unit="row"):
+            _put_beside(record["contenders"], next(found))
+    store.save(EVERY.results, results)
 
 
 def _compiled(name: str, part: Any) -> Callable[..., Any]:
@@ -176,6 +187,8 @@ def main(arguments: list[str]) -> int:
     if unknown := set(options.only or ()) - set(zoo.ZOO):
         parser.error(f"unknown: {', '.join(sorted(unknown))} (known: {', '.join(zoo.ZOO)})")
     if options.predict:
+        if options.every or options.only or options.tokens:
+            parser.error("--predict is of all architectures, and of nothing else")
         _predict()
         _write_page()
         return 0

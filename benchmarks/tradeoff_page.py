@@ -11,6 +11,8 @@ import matplotlib.pyplot as plt
 
 from benchmarks import measure, zoo
 from benchmarks.table import table
+from mstc.device import CPU_IN_FLOAT32
+from mstc.quantity import format_bytes
 
 PAGE = measure.ROOT / "docs" / "tradeoff.md"
 PICTURE = PAGE.with_suffix(".svg")
@@ -122,8 +124,10 @@ def predicted(records: dict[str, dict[str, Any]]) -> dict[str, list[Point]]:
 
 def draw_predicted(records: dict[str, dict[str, Any]]) -> None:
     """docs/tradeoff-predicted.svg: a dot per architecture and setting."""
-    figure, axes = plt.subplots(figsize=(5, 4.6), layout="constrained")
     found = predicted(records)
+    if not found:
+        return
+    figure, axes = plt.subplots(figsize=(5, 4.6), layout="constrained")
     colors = plt.get_cmap("viridis")([0.1 + 0.75 * i / len(found) for i in range(len(found))])
     for (name, pairs), color in zip(found.items(), colors, strict=True):
         axes.plot(*zip(*pairs, strict=True), "o", markersize=4, color=color, alpha=0.7, label=name)
@@ -143,6 +147,8 @@ def draw_predicted(records: dict[str, dict[str, Any]]) -> None:
 def _predicted_table(results: dict[str, Any]) -> str:
     lines: list[list[str]] = []
     found = predicted(results["records"])
+    if not found:
+        return "Nothing was predicted."
     together = [pair for pairs in found.values() for pair in pairs]
     for name, pairs in {**found, "all": together}.items():
         off = [abs(own - time) for own, time in pairs]
@@ -162,6 +168,8 @@ def page(lengths: dict[str, Any], every: dict[str, Any]) -> str:
         every_line=_line(every),
         predicted_table=_predicted_table(every),
         steps=sum(map(len, predicted(every["records"]).values())),
+        machine=CPU_IN_FLOAT32,
+        near=format_bytes(CPU_IN_FLOAT32.near_nbytes),
     )
 
 
@@ -250,12 +258,13 @@ At the sizes of the coverage table. Made by `python -m benchmarks.tradeoff --eve
 The planner predicts the time of a step from three figures of a graph and three of the machine
 (`passes/cost.py`): multiplications, of which loops do some a second time; bytes that are written to
 memory, of which chunks keep some in the caches; bytes that every further chunk reads again. A byte
-written takes 24 multiplications' time here, a byte read again 8, and 16 MiB of a chunk stay in the
-caches: these three are fitted to the very steps above, on one machine and in float32, so that the
-table says how well three figures explain {steps} steps, and not how well they foretell another
-machine's. `mstc explain` and the report show the predicted time of a CPU's step in float32; a
-memory budget does not try larger chunks that are predicted to save no time; a loop runs along an
-axis of weights only if that is not predicted to be slower. Nothing is predicted elsewhere. Made by
+written takes the time of {machine.written} multiplications here, a byte read again that of
+{machine.reread}, and {near} of a chunk stay in the caches: these three are fitted to the very
+steps above, on one machine and in float32, so that the table says how well three figures explain
+{steps} steps, and not how well they foretell another machine's. `mstc explain` and the report show
+the predicted time of a CPU's step in float32; a memory budget does not try larger chunks that are
+predicted to save no time; a loop runs along an axis of weights only if that is not predicted to be
+slower. Nothing is predicted elsewhere. Made by
 `python -m benchmarks.tradeoff --predict`; means over architectures.
 
 {predicted_table}

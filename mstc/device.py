@@ -25,8 +25,14 @@ def min_rows(kinds: set[str]) -> int:
 
 def machine_of(graph: Graph) -> Machine | None:
     """What a graph's bytes cost, in multiplications; None where nobody has measured it."""
-    low = any(v.is_floating_point() and v.dtype != torch.float32 for v in _values(graph))
-    return None if low or kinds_of(graph) != {"cpu"} else CPU_IN_FLOAT32
+    return CPU_IN_FLOAT32 if all(map(is_measured, _values(graph))) else None
+
+
+def is_measured(value: Tensor) -> bool:
+    """Whether work on a value is of the kind that `CPU_IN_FLOAT32` was fitted to."""
+    return value.device.type == "cpu" and (
+        value.dtype == torch.float32 or not value.is_floating_point()
+    )
 
 
 def _values(graph: Graph) -> list[Tensor]:

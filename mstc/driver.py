@@ -24,7 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 import passes
 from mstc import history
 from mstc.budget import settle
-from mstc.device import kinds_of, machine_of, min_rows
+from mstc.device import is_measured, kinds_of, machine_of, min_rows
 from mstc.errors import FallbackWarning
 from mstc.inductor import (
     AfterPartition,
@@ -178,17 +178,14 @@ class _TimesPass(ChunkPass):
         options = self.plan_options(graph)
         if options.machine is None:
             return
-        try:
-            self.found = passes.relative_times(
-                without_duplicates(graph),
-                [dataclasses.replace(options, tightness=one.tightness) for one in self._settings],
-                min_region_bytes=self.options.min_region_bytes,
-                count_random=not wants_eager_random_numbers(),
-                loop_op=loop_op,
-                lowering=self.lowering(),
-            )
-        except Exception as error:  # a mistake of ours: all settings are tried
-            log.debug("times cannot be predicted", exc_info=error)
+        self.found = passes.relative_times(
+            without_duplicates(graph),
+            [dataclasses.replace(options, tightness=one.tightness) for one in self._settings],
+            min_region_bytes=self.options.min_region_bytes,
+            count_random=not wants_eager_random_numbers(),
+            loop_op=loop_op,
+            lowering=self.lowering(),
+        )
 
 
 def _has_regions(gm: GraphModule) -> bool:
@@ -322,7 +319,11 @@ def _settled(
         gm: GraphModule, own: Sequence[Any], settings: Sequence[Setting]
     ) -> list[float | None]:
         predicted = _TimesPass(options, settings)
-        show_outer(gm, own, predicted)
+        if all(is_measured(t) for t in own if isinstance(t, torch.Tensor)):
+            try:
+                show_outer(gm, own, predicted)
+            except Exception as error:  # a mistake of ours: all settings are tried
+                log.debug("times cannot be predicted", exc_info=error)
         return predicted.found
 
     # one answer for a simulation and for what it is of

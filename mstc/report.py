@@ -94,7 +94,7 @@ class Report:
         times = [graph.relative_time for graph in self.graphs]
         if not total or None in times:
             return None
-        return sum(g.flops * (g.relative_time or 1) for g in self.graphs) / total
+        return sum(g.flops * t for g, t in zip(self.graphs, times, strict=True) if t) / total
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)

@@ -34,6 +34,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
+from passes import rules
 from passes.axes import Axes
 from passes.body import Body
 from passes.modes import Bodies
@@ -100,6 +101,8 @@ def flops(node: Node) -> int:
             return formula(*args[:count])
         # the table's formulas take shapes as well as tensors
         known: Any = flop_registry[packet]
+        if not hasattr(known, "__wrapped__"):  # it wants tensors: attention of unequal lengths
+            return 0
         return int(known(*args, **kwargs, out_val=tree_map(_known, node.meta["val"])))
     except _Unknown:
         return 0
@@ -174,11 +177,16 @@ def work_of(
         if forward is not None and backward is not None:
             again += sum(map(flops, set(forward.nodes) & set(backward.nodes)))
         nodes = loop.plan.region.nodes
-        inside = sum(sizes.get(n.name, 0) for n in nodes if nodes.issuperset(n.users))
+        inside = sum(sizes.get(n.name, 0) for n in nodes if _stays(n, nodes))
         kept += inside * min(1.0, near_nbytes / max(1, loop.chunk_nbytes))
         more = loop.plan.num_chunks - 1
         reread += more * sum(_whole_nbytes(body, axes) for body in loop.bodies.all)
     return Work(sum(map(flops, graph.nodes)), again, written, kept, reread)
+
+
+def _stays(node: Node, nodes: frozenset[Node]) -> bool:
+    """Whether nobody outside reads a value, through views either."""
+    return all(u in nodes and (not rules.is_view(u) or _stays(u, nodes)) for u in node.users)
 
 
 def _whole_nbytes(body: Body, axes: Axes) -> int:

@@ -15,7 +15,8 @@ Algorithm
     5. Keep the plan only if the predicted peak falls by at least `MIN_GAIN`.
     6. Unless rows per chunk are asked for, loops of one kind along tokens run along an axis of
        weights instead (`loop_axes`), if the predicted peak falls by at least `AXIS_GAIN` more, in
-       the same mode. No loop is made that would not be made along tokens.
+       the same mode, and the step is not predicted to be slower (`passes.cost`). No loop is made
+       that would not be made along tokens.
 
 With a `tightness` (a memory budget, see `mstc.budget`) the plan is the one that costs least for a
 target between the predicted peak without loops (0) and with chunks as small as may be (1): regions
@@ -289,6 +290,7 @@ class _Planner:
         return made
 
     def is_slower(self, one: Round, other: Round) -> bool:
+        """Whether the first is predicted to take longer; False where nothing is known."""
         machine = self.options.machine
         if machine is None:
             return False

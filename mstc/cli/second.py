@@ -10,12 +10,13 @@ from contextlib import contextmanager
 
 @contextmanager
 def second_process() -> Iterator[Executor]:
-    """It does what is submitted, one after the other; if this process fails, it starts nothing
-    more."""
+    """It does what is submitted, one after the other; if this process fails, it ends."""
+    before = set(multiprocessing.active_children())
     # no fork: PyTorch has threads, and Dynamo's state belongs to one process
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as second:
         try:
             yield second
         except BaseException:
-            second.shutdown(wait=False, cancel_futures=True)
+            for process in set(multiprocessing.active_children()) - before:
+                process.terminate()  # what it was given cannot be taken back
             raise

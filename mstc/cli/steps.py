@@ -14,9 +14,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from torch._dynamo.exc import BackendCompilerFailed  # what Dynamo makes of a failed compilation
+
 from mstc.cli import layers
 from mstc.cli.second import second_process
 from mstc.cli.subject import Subject, Wanted, load_subject
+from mstc.errors import SimulationError
 from mstc.report import Report
 from mstc.simulate import Backend, simulate_step
 from mstc.watch import SimulatedTrace
@@ -70,7 +73,10 @@ def _of_few(
     model: str, wanted: Wanted, num_layers: int, backend: Backend, options: dict[str, Any] | None
 ) -> SimulatedTrace:
     subject = load_subject(model, replace(wanted, num_layers=num_layers))
-    return _trace(subject, backend, options)
+    try:
+        return _trace(subject, backend, options)
+    except BackendCompilerFailed as error:  # it holds a frame, which no process can send another
+        raise SimulationError(str(error.inner_exception)) from None
 
 
 def _trace(subject: Subject, backend: Backend, options: dict[str, Any] | None) -> SimulatedTrace:

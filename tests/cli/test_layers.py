@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +18,10 @@ from rich.console import Console
 from torch import nn
 
 import mstc
-from mstc.cli import layers, text
+from mstc.cli import layers, steps, text
 from mstc.cli.app import run
-from mstc.cli.subject import Subject
+from mstc.cli.second import second_process
+from mstc.cli.subject import Subject, Wanted
 from mstc.report import Report
 from mstc.runtime.memory import MemoryTrace
 from mstc.watch import Buffer, Held, SimulatedTrace
@@ -52,6 +57,47 @@ def test_explain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert sorted(h["nbytes"] for h in entry["at_peak"]) == sorted(
             h["nbytes"] for h in whole["at_peak"]
         )
+
+
+def test_two_processes_and_a_deeper_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under one backend the steps of two and of three layers are not alike: four are simulated."""
+    asked: list[tuple[int, str, Any]] = []
+
+    def simulated(model: str, wanted: Wanted, num_layers: int, backend: str, options: Any) -> Any:
+        asked.append((num_layers, backend, options))
+        return _trace(num_layers, 100, 10, loss=320 if (backend, num_layers) == ("mst", 2) else 0)
+
+    @contextmanager
+    def here() -> Iterator[Executor]:
+        with ThreadPoolExecutor(1) as pool:
+            yield pool
+
+    monkeypatch.setattr(steps, "_of_few", simulated)
+    monkeypatch.setattr(steps, "second_process", here)
+    report = Report()
+    planned, found = steps.planned_and_simulated(
+        "", Wanted(1), _subject(9, 1), (2, 3), lambda: report
+    )
+    assert planned is report
+    nothing = {"min_peak_bytes": 1 << 62}  # for few layers as for all
+    assert {(n, b) for n, b, o in asked if o == nothing} == {(n, "mst") for n in (2, 3, 4)}
+    assert {(n, b) for n, b, o in asked if o is None} == {(n, "inductor") for n in (2, 3)}
+    assert len(asked) == 5, "each once"
+    assert {step.peak_nbytes for step in found.values()} == {_trace(9, 100, 10).peak_nbytes}
+    assert {b: step.simulated for b, step in found.items()} == {"inductor": (2, 3), "mst": (3, 4)}
+
+
+def test_a_failure_here_ends_the_second_process() -> None:
+    def fail() -> None:
+        with second_process() as second:
+            for _ in range(3):
+                second.submit(time.sleep, 100)
+            raise ZeroDivisionError
+
+    begin = time.perf_counter()
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert time.perf_counter() - begin < 50
 
 
 def test_text_says_so() -> None:

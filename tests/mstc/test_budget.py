@@ -314,6 +314,7 @@ def test_chunks_that_save_no_time_are_not_tried(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(budget, "_search", search)
     monkeypatch.setattr(budget, "_kept", lambda key: None)
+    monkeypatch.setattr(budget, "save_entry", lambda *_: None)
 
     def settings_of(dtype: torch.dtype, machine: Machine) -> list[Setting]:
         monkeypatch.setattr(device, "CPU_IN_FLOAT32", machine)

@@ -18,7 +18,7 @@ from mstc.errors import SimulationError
 from mstc.options import parse_options
 from mstc.runtime.memory import MemoryTrace, measure_step
 from mstc.simulate import Backend, Simulation, loss_of, simulate_step
-from mstc.watch import Buffer
+from mstc.watch import Buffer, Watch
 from tests.models import (
     INDUCTOR,
     NON_LEAF,
@@ -27,6 +27,19 @@ from tests.models import (
     fresh_compiler,  # noqa: F401  (an autouse fixture)
     lm_batch,
 )
+
+
+def test_what_was_there_at_the_start_is_not_taken_for_what_comes_later() -> None:
+    """Memory that is free again may get the same address."""
+    with FakeTensorMode():
+        for _ in range(20):
+            own = torch.empty(100)
+            watch = Watch([own])
+            del own
+            with watch:
+                made = [torch.empty(100) for _ in range(5)]
+            assert watch.summary([]).peak_nbytes == 5 * 400
+            del made
 
 
 class Tied(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from passes.axes import analyze_axes
+from passes.cost import Machine
 from passes.grouped import grouped_mm
 from passes.plan import Planned
 from passes.records import FixedLoop, LoopPlan
@@ -186,6 +187,15 @@ def test_the_axis_that_takes_less_memory(tokens: int, wide: int, dtype: torch.dt
     assert [loop.region.length for loop in loops(recorder)] == [length]
     if dtype == torch.float64:
         assert_close(got, gradients_of(gated, inputs, None))
+
+
+@pytest.mark.parametrize(("near_nbytes", "length"), [(1 << 10, 128), (1 << 15, 64)])
+def test_the_axis_that_is_not_slower(near_nbytes: int, length: int):
+    """Chunks of tokens would stay near the cores, those of features would not quite."""
+    machine = Machine(written=1000, reread=0, near_nbytes=near_nbytes)
+    recorder = Recorder(loop_axes="either", min_rows=8, machine=machine)
+    compiled(gated, few(64, 128, torch.bfloat16), recorder)
+    assert [loop.region.length for loop in loops(recorder)] == [length]
 
 
 def test_no_loop_that_tokens_would_not_have():
