@@ -2,16 +2,22 @@
 
     python -m benchmarks.longest            # Llama-3-8B's configuration in 80 GiB; minutes
 
-What ``mstc fit`` says, for every way of training, each in a fresh process. Results go to
-benchmarks/results/longest-llama3-8b.json, docs/fit.md and a table of the README.
+What ``mstc fit`` says, for every way of training, each in a fresh process; and how long ``mstc
+explain`` takes. Results go to benchmarks/results/longest-llama3-8b.json, docs/fit.md and a table of
+the README.
 """
 
 import argparse
+import json
+import resource
+import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 from benchmarks import coverage, measure, store
@@ -26,6 +32,7 @@ RESULTS = measure.ROOT / "benchmarks" / "results" / "longest-llama3-8b.json"
 PAGE = measure.ROOT / "docs" / "fit.md"
 README = measure.ROOT / "README.md"
 _MEMORY = "80GiB"
+_EXPLAINED = (65_536, 524_288)  # tokens
 
 
 def row(job: dict[str, Any]) -> dict[str, Any]:
@@ -35,6 +42,27 @@ def row(job: dict[str, Any]) -> dict[str, Any]:
     room = parse_bytes(_MEMORY)
     found = fit.fit(str(CONFIG), room, Wanted(1), way, "none")
     return asdict(found) | {"seconds": round(time.perf_counter() - begin, 1)}
+
+
+def explained(tokens: int) -> dict[str, Any]:
+    """``mstc explain``: seconds, and the most that one of its two processes took."""
+    command = [sys.executable, "-c", "import sys, mstc.cli as c; sys.exit(c.main())", "explain"]
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [*command, str(CONFIG), "--seq-len", str(tokens), "--json"],
+            cwd=measure.ROOT,
+            env=measure.cold_caches(Path(folder)),
+            capture_output=True,
+            check=True,
+        )
+    seconds = round(time.perf_counter() - begin, 1)
+    peaks = json.loads(done.stdout)["peaks"]
+    return {
+        "seconds": seconds,
+        "process_nbytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+        "peaks": {name: one["peak_nbytes"] for name, one in peaks.items()},
+    }
 
 
 def page(results: dict[str, Any]) -> str:
@@ -62,7 +90,20 @@ def page(results: dict[str, Any]) -> str:
     ]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     checkpointed, weights = records[fit.WAYS[1].name], records[fit.WAYS[0].name]["state_nbytes"]
+    steps = [
+        [
+            f"{int(tokens):,}",
+            *(size(one["peaks"][name]) for name in ("inductor", "mst")),
+            f"{one['seconds']:.0f} s",
+            size(one["process_nbytes"]),
+        ]
+        for tokens, one in results["explained"].items()
+    ]
     return _PAGE.format(
+        explained=table(
+            ("tokens", "Inductor's step", "mst's step", "explained in", "each process takes"),
+            steps,
+        ),
         mask=size(2 * checkpointed["seq_len"] ** 2),
         longest=checkpointed["seq_len"],
         weights=size(weights),
@@ -108,6 +149,11 @@ What is in it, and what is not:
 * Seconds are of two ways at once on two cores, each in a process of its own.
 * mst with chunks of {rows:,} rows; `checkpointed` is transformers' `gradient_checkpointing_enable`.
 
+`mstc explain` of the same model, without checkpointing, by default chunks: the plan for all 32
+layers and both steps, in two processes on two cores.
+
+{explained}
+
 The Mini-Sequence Transformer (Luo et al., NeurIPS 2024, arXiv 2407.15892) reports 60,000 tokens of
 Llama-3-8B on one card of 80 GB, 12 times what training without it reaches and 4 times what
 activation recomputation reaches; measured on a GPU, with its own assumptions about optimizer
@@ -127,6 +173,7 @@ def main(arguments: list[str]) -> int:
     with ThreadPoolExecutor(options.jobs) as pool:
         for name, found in zip(jobs, pool.map(_fresh, jobs.values()), strict=True):
             results["records"][name] = found
+    results["explained"] = {str(tokens): explained(tokens) for tokens in _EXPLAINED}
     store.save(RESULTS, results)
     PAGE.write_text(page(results))
     README.write_text(put(README.read_text(), "longest", summary(results)))

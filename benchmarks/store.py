@@ -11,7 +11,8 @@ from mstc.whole import whole_file
 
 
 def load(path: Path, header: dict[str, Any], force: bool = False) -> dict[str, Any]:
-    """Earlier records, if they were made under the same header; its date may differ.
+    """Earlier records, if they were made under the same header; its date may differ. A note that
+    somebody wrote beside them stays.
 
     Raises:
         SystemExit: another header, and not `force`, with which the records are dropped.
@@ -21,7 +22,7 @@ def load(path: Path, header: dict[str, Any], force: bool = False) -> dict[str, A
     earlier = json.loads(path.read_text())
     changed = [key for key in header if key != "date" and earlier.get(key) != header[key]]
     if not changed:
-        return header | {"records": earlier["records"]}
+        return earlier | header
     if force:
         return header | {"records": {}}
     raise SystemExit(f"{path} was measured with other {', '.join(changed)}: --force or --out")

@@ -6,7 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,9 @@ GOLDEN = Path(__file__).parent / "golden"
 _CACHES = tempfile.mkdtemp(prefix="mstc-tests-")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHES
 os.environ.pop("TRITON_CACHE_DIR", None)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores, and more threads would wait for each other; see `two_threads`.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 atexit.register(shutil.rmtree, _CACHES, ignore_errors=True)
 
 
@@ -36,6 +39,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Kernels share their work between two threads, as users' do."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

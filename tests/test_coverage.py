@@ -188,10 +188,11 @@ def test_errors_are_those_of_the_precision(mode: str, least: float, most: float)
 
 def test_interrupted_write_leaves_the_file(tmp_path: Path):
     path = tmp_path / "results.json"
-    store.save(path, {"device": "a", "date": "1", "records": {"x": 1}})
+    store.save(path, {"device": "a", "date": "1", "records": {"x": 1}, "note": "n"})
     with pytest.raises(TypeError):
         store.save(path, {"records": object()})
-    assert store.load(path, {"device": "a", "date": "2"})["records"] == {"x": 1}
+    found = store.load(path, {"device": "a", "date": "2"})
+    assert found == {"device": "a", "date": "2", "records": {"x": 1}, "note": "n"}
     with pytest.raises(SystemExit, match="other device"):
         store.load(path, {"device": "b", "date": "2"})
     assert store.load(path, {"device": "b"}, force=True)["records"] == {}

@@ -215,6 +215,7 @@ def test_values_written_step_by_step() -> None:
     assert plan.peak_before < 2 * logits + hidden, "not a buffer of hidden values per step"
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(
     ("dtype", "slack"), [(torch.float32, 2.5e-7), (torch.bfloat16, 2e-3)], ids=["float32", "bf16"]
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,15 +12,6 @@ from mstc import repairs
 from tests.models import INDUCTOR, fresh_compiler  # noqa: F401  (an autouse fixture)
 
 HEADS, SIZE = 4, 32
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    """With one thread Inductor needs no atomic additions."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def multi_query(qkv: Tensor) -> Tensor:
@@ -39,7 +28,7 @@ def gradient(call: object, x: Tensor, weights: Tensor) -> Tensor:
     return x.grad
 
 
-@pytest.mark.usefixtures("two_threads")
+@pytest.mark.usefixtures("two_threads")  # with one, Inductor needs no atomic additions
 @pytest.mark.parametrize("backend", ["inductor", "mst"])
 def test_rows_picked_by_a_list(backend: str) -> None:
     if backend == "inductor":

@@ -84,6 +84,7 @@ def _assert_as_measured(model: nn.Module, backend: Backend) -> None:
 
 
 @NON_LEAF
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("backend", ["eager", "inductor", "mst"])
 @pytest.mark.parametrize("kind", [TinyLM, Tied])
 def test_as_measured(kind: type[nn.Module], backend: Backend) -> None:
@@ -91,6 +92,7 @@ def test_as_measured(kind: type[nn.Module], backend: Backend) -> None:
 
 
 @NON_LEAF
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("backend", ["eager", "inductor", "mst"])
 def test_in_bfloat16_as_measured(backend: Backend) -> None:
     """With what products take while they run, where the processor has them in bfloat16."""
@@ -229,6 +231,7 @@ def test_emitting_is_not_a_lowering_for_users() -> None:
 
 
 @NON_LEAF
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("backend", ["eager", "inductor", "mst"])
 @pytest.mark.parametrize("kind", [TinyLM, Tied])
 def test_buffers_sum_up_to_the_timeline(kind: type[nn.Module], backend: Backend) -> None:
