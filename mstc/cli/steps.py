@@ -53,8 +53,9 @@ def planned_and_simulated(
         ahead = {n: second.submit(simulate, n, "inductor", None) for n in few}
         report = plan()
         options = layers.options_of(report, Path(folder) / "plan.json")
-        shallow = second.submit(simulate, few[0], "mst", options)
-        deep = simulate(few[1], "mst", options)
+        # the deeper one for the process that has compiled before
+        deep = second.submit(simulate, few[1], "mst", options)
+        shallow = simulate(few[0], "mst", options)
 
         def before(num_layers: int) -> SimulatedTrace:
             own = ahead.get(num_layers)
@@ -62,7 +63,7 @@ def planned_and_simulated(
 
         def after(num_layers: int) -> SimulatedTrace:
             if num_layers in few:
-                return deep if num_layers == few[1] else shallow.result()
+                return shallow if num_layers == few[0] else deep.result()
             return simulate(num_layers, "mst", options)
 
         found = {"inductor": before, "mst": after}

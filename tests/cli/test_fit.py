@@ -143,7 +143,7 @@ def test_command(config: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_four_ways_in_two_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In the order of the table, whoever found them; what one process finds the other would."""
-    path = tmp_path / "model.py"
+    path = tmp_path / "four_ways.py"  # a name of its own: Dynamo remembers modules by theirs
     path.write_text(SCRIPT)
     model = f"{path}:build"
     assert run(["fit", model, "--memory", "40MiB", "--json", "--optimizer", "sgd"]) == 0
