@@ -38,6 +38,7 @@ from passes.copies import drop_other_names
 from passes.counted import count_random_numbers
 from passes.generated import remake_generated
 from passes.layout import LayoutError, keep_strides
+from passes.padding import keep_one_row
 from passes.plan import Facts, Planned, PlanOptions, left_alone, make_plan, predict_times
 from passes.regions import find_regions
 from passes.roles import join, separate
@@ -121,6 +122,9 @@ def _facts(
     graph = drop_other_names(graph)
     graph, rewrites = drop_causal_masks(graph, min_bytes=min_region_bytes)
     observe("causal", rewrites)
+    graph, shortened = keep_one_row(graph, min_bytes=min_region_bytes)
+    rewrites += shortened
+    observe("padding", shortened)
     if count_random:
         graph = count_random_numbers(graph, min_bytes=min_region_bytes)
     observe("counted", graph)
