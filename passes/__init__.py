@@ -2,6 +2,7 @@
 
     copies    ops read a tensor itself, no `detach` of it                         `passes.copies`
     causal    masks that are proven causal leave attention                        `passes.causal`
+    padding   masks that are the same for every query are read as one row         `passes.padding`
     counted   random numbers become functions of a seed and their positions       `passes.counted`
     shift     cuts of wide values move to what these are made from                `passes.shift`
     generated large values made from small ones are made by each of their readers `passes.generated`

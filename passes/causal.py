@@ -20,8 +20,8 @@ Algorithm
        it holds and minus infinity (or the dtype's lowest number) elsewhere, the call gets
        `is_causal` and no mask. If nothing is left, it gets no mask.
 
-Not handled: masks that depend on data (padding, packed documents), windows shorter than the
-sequence, attention written out as matrix products.
+Not handled: masks that depend on data (padding: `passes.padding`; packed documents), windows
+shorter than the sequence, attention written out as matrix products.
 
 Source: the meaning of `is_causal` is the documented one of
     `torch.nn.functional.scaled_dot_product_attention`.
@@ -233,14 +233,16 @@ class Prover:
     def varies(self, node: Node) -> frozenset[int] | None:
         """The dims along which a value differs; None for one that is not known."""
         value = self.value(node)
-        if value is None or isinstance(value, float):
-            return None if value is None else frozenset()
+        if value is None:
+            return None
         if isinstance(value, _Choice):
             value = value.condition
-        sizes = tuple(as_size(size) for size in node.meta["val"].shape)
-        forms = {value} if isinstance(value, _Linear) else value.forms
-        if isinstance(value, _Condition):
-            forms = {form for form in forms if not _holds_always(form, sizes)}
+        forms: frozenset[_Linear] = frozenset()
+        if isinstance(value, _Linear):
+            forms = frozenset({value})
+        elif isinstance(value, _Condition):
+            sizes = tuple(as_size(size) for size in node.meta["val"].shape)
+            forms = frozenset(f for f in value.forms if not _holds_always(f, sizes))
         return frozenset(dim for form in forms for dim, _ in form.factors)
 
     def operand(self, node: Node, position: int) -> _Value | None:
@@ -548,7 +550,12 @@ def attention_mask(node: Node) -> Node | None:
     return mask
 
 
-def set_argument(node: Node, name: str, value: bool | Node | None) -> None:
+def set_mask(call: Node, mask: Node | None) -> None:
+    """Give an attention call another mask."""
+    _set_argument(call, _ATTENTION[packet_of(call)], mask)
+
+
+def _set_argument(node: Node, name: str, value: bool | Node | None) -> None:
     """Give an argument of a call another value, by position or by name as the schema has it."""
     assert isinstance(node.target, torch._ops.OpOverload)
     described = node.target._schema.arguments
@@ -592,8 +599,8 @@ def drop_causal_masks(graph: Graph, *, min_bytes: int) -> tuple[Graph, tuple[Rew
     new, copied = copy_graph(graph)
     for node, copy in copied.items():
         if node.name in found:
-            set_argument(copy, _ATTENTION[packet_of(node)], None)
-            set_argument(copy, "is_causal", found[node.name])
+            set_mask(copy, None)
+            _set_argument(copy, "is_causal", found[node.name])
     new.eliminate_dead_code()
     new.lint()
     return new, tuple(rewrites.values())
