@@ -23,8 +23,9 @@
 Before these, on the graph as Dynamo made it: `passes.defer` takes outputs out that the caller
 probably drops, `passes.detach` makes no gradients for those that nobody differentiates through
 (`passes.dynamo` reads such graphs). After the partitioner, where a budget asks for it,
-`passes.offload` has saved values wait in the host's memory. Everything here is a pure function of
-its arguments; nothing here imports `mstc`.
+`passes.offload` has saved values wait in the host's memory, and `passes.shared` has equal layers
+share what is between their loops. Everything here is a pure function of its arguments; nothing here
+imports `mstc`.
 """
 
 from __future__ import annotations
