@@ -123,6 +123,8 @@ def _lowered(layers: int) -> tuple[int, int]:
     torch._dynamo.reset()
     metrics.reset()
     trace = mstc.simulate_step(Transformer(layers), *lm_batch(2, 35), options=OPTIONS)
+    outside = [buffer for buffer in trace.buffers if buffer.loop is None]
+    assert all(b.source for b in outside if b.nbytes > 1000), "lines of the user's code"
     return trace.peak_nbytes, metrics.generated_kernel_count
 
 
