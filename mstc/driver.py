@@ -27,7 +27,6 @@ from mstc.budget import settle
 from mstc.device import is_measured, kinds_of, machine_of, min_rows
 from mstc.errors import FallbackWarning
 from mstc.inductor import (
-    AfterPartition,
     CustomGraphPass,
     compile_outer,
     compile_outer_eager,
@@ -38,15 +37,14 @@ from mstc.inductor import (
 )
 from mstc.observe import Observer, dump
 from mstc.options import Options, Setting
+from mstc.partition import after_partition
 from mstc.prepare import prepare
-from mstc.quantity import format_bytes
 from mstc.report import Report, fall_back, graph_report, subject_of
 from mstc.runtime import flops  # noqa: F401  (tells PyTorch how much loops do)
 from mstc.runtime.loop import Call, loop_op, prepare_bodies
 from mstc.saved import load_report, report_key, save_report
 from passes.copies import copy_node
 from passes.liveness import tangent_nodes
-from passes.offload import offload_saved_values
 from passes.plan import AT_PEAK, PlanOptions, matching
 from passes.records import FixedLoop, Plan
 
@@ -188,39 +186,6 @@ class _TimesPass(ChunkPass):
         )
 
 
-def _has_regions(gm: GraphModule) -> bool:
-    """Whether parts of a graph are compiled by themselves (`nested_compile_region`)."""
-    graphs = (module.graph for module in gm.modules() if isinstance(module, GraphModule))
-    region = torch.ops.higher_order.invoke_subgraph
-    return any(node.target is region for graph in graphs for node in graph.nodes)
-
-
-def _offloads(graph: GraphModule, report: Report) -> AfterPartition | None:
-    """Has what is saved for the backward wait in the host's memory, and says how much."""
-    if _has_regions(graph):
-        report.notes.append(
-            "what is saved for the backward stays on the device: what leaves a "
-            "nested_compile_region has to be what that was traced with"
-        )
-        return None
-
-    def rewrite(forward: GraphModule, backward: GraphModule, num_outputs: int) -> None:
-        try:
-            found = offload_saved_values(forward.graph, backward.graph, num_outputs)
-        except Exception as error:  # a mistake of ours must not cost the user the run
-            fall_back(error, report)
-            return
-        if found is None:
-            report.notes.append("nothing that is saved for the backward can go to the host")
-            return
-        forward.graph, backward.graph = found.forward, found.backward
-        stays = f"; {format_bytes(found.stays)} stay" if found.stays else ""
-        moved = format_bytes(found.nbytes)
-        report.notes.append(f"what is saved for the backward goes to the host: {moved}{stays}")
-
-    return rewrite
-
-
 class RecordCompiler:
     """Compiles what eager code does to a graph's deferred outputs, with the graph's options."""
 
@@ -352,9 +317,9 @@ def _compile(
     options = _settled(graph, inputs, options, report, subject)
     graph_pass = ChunkPass(options, report, is_record=subject is None)
     share = options.setting.activation_budget
-    offloads = _offloads(graph, report) if options.setting.offload else None
+    after = after_partition(graph, options, report)
     if options.lowering == "eager":
-        return compile_outer_eager(graph, inputs, graph_pass, share, offloads)
+        return compile_outer_eager(graph, inputs, graph_pass, share, after)
     build = options.lowering != "emit"
     key = report_key(subject or graph, graph_pass.uuid(), options.inductor)
     compiled = compile_outer(
@@ -364,7 +329,8 @@ def _compile(
         options.inductor,
         build=build,
         activation_budget=share,
-        after_partition=offloads,
+        after_partition=after,
+        offloads=options.setting.offload,
     )
     prepare_bodies(graph_pass.calls)
     if not build:

@@ -117,8 +117,18 @@ def _load(path: str, constants: dict[str, Any]) -> ModuleType:
 
 
 def _origins() -> dict[str, Origin]:
-    """Of the buffers in the graph whose module is being loaded."""
-    lowered: Any = V.graph
+    """Of the buffers in the graph whose module is being loaded, and in its subgraphs."""
+    found: dict[str, Origin] = {}
+    graphs: list[Any] = [V.graph]
+    while graphs:
+        lowered = graphs.pop()
+        found |= _own_origins(lowered)
+        called = getattr(lowered, "seen_subgraphs", {}).values()  # not before torch 2.13
+        graphs += [part.graph for part in called if part.graph is not None]
+    return found
+
+
+def _own_origins(lowered: Any) -> dict[str, Origin]:
     order = {node: i for i, node in enumerate(lowered.graph.nodes)}
     found: dict[str, Origin] = {}
     for buffer in lowered.buffers:

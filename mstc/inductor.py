@@ -379,7 +379,8 @@ def compile_outer(
     *,
     build: bool = True,
     activation_budget: float = 1.0,
-    after_partition: AfterPartition | None = None,
+    after_partition: Sequence[AfterPartition] = (),
+    offloads: bool = False,
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph with Inductor.
 
@@ -390,18 +391,20 @@ def compile_outer(
         build: False for simulation only (`mstc.emission`).
         activation_budget: AOTAutograd's `activation_memory_budget`: of what the partitioner would
             keep for the backward, the share that it may keep.
-        after_partition: changes the graphs of the forward and the backward in place, given how many
-            of the forward's outputs are the model's; what it does is in the key of `graph_pass`.
+        after_partition: change the graphs of the forward and the backward in place, given how many
+            of the forward's outputs are the model's; what they do is in the key of `graph_pass`.
+        offloads: whether one of them has saved values wait in the host's memory.
     """
     patches = dict(config)
     if graph_pass is not None:
         patches["joint_custom_pre_pass"] = graph_pass
-    if after_partition is not None:
+    if after_partition:
         assert graph_pass is not None, "or PyTorch's caches would not know"
         users = config.get("custom_partitioner_fn", inductor_config.custom_partitioner_fn)
         patches["custom_partitioner_fn"] = _Partitioner(
             after_partition, graph_pass.uuid(), cast("CustomPartitionerFn | None", users)
         )
+    if offloads:
         # It takes memory on the host for the device's, and fetches everything at once.
         patches["reorder_for_peak_memory"] = False
     with _partitioned_within(activation_budget):
@@ -412,7 +415,7 @@ class _Partitioner(CustomPartitionerFn):
     """The user's partitioner, or Inductor's, and what comes after it."""
 
     def __init__(
-        self, after: AfterPartition, key: object, users: CustomPartitionerFn | None
+        self, after: Sequence[AfterPartition], key: object, users: CustomPartitionerFn | None
     ) -> None:
         self._after = after
         self._key = key
@@ -434,8 +437,19 @@ class _Partitioner(CustomPartitionerFn):
     ) -> tuple[GraphModule, GraphModule]:
         partition = self._users or min_cut_rematerialization_partition
         forward, backward = partition(gm, joint_inputs, **kwargs)
-        self._after(forward, backward, kwargs["num_fwd_outputs"])
+        for change in self._after:
+            change(forward, backward, kwargs["num_fwd_outputs"])
         return forward, backward
+
+
+def calls_subgraphs(config: Mapping[str, object]) -> bool:
+    """Whether graphs that are compiled with these options may call subgraphs of their own.
+
+    Inductor's C++ wrapper cannot; with CUDA graphs, and before torch 2.13, nobody has tried.
+    """
+    set_by_user = inductor_config.get_config_copy() | dict(config)
+    off = not set_by_user["cpp_wrapper"] and not set_by_user["triton.cudagraphs"]
+    return off and torch.__version__ >= (2, 13)  # type: ignore[operator]  (`TorchVersion`)
 
 
 def _partitioned_within(activation_budget: float) -> AbstractContextManager[object]:
@@ -470,7 +484,7 @@ def compile_outer_eager(
     example_inputs: Sequence[Any],
     graph_pass: CustomGraphPass | None,
     activation_budget: float = 1.0,
-    after_partition: AfterPartition | None = None,
+    after_partition: Sequence[AfterPartition] = (),
 ) -> Callable[..., Any]:
     """The same road without Inductor: AOTAutograd, our pass, the partitioner, then the graphs run
     op by op."""
@@ -483,8 +497,8 @@ def compile_outer_eager(
             joint.recompile()
         kwargs.pop("static_lifetime_input_indices", None)
         graphs = min_cut_rematerialization_partition(joint, inputs, compiler="inductor", **kwargs)
-        if after_partition is not None:
-            after_partition(*graphs, kwargs["num_fwd_outputs"])
+        for change in after_partition:
+            change(*graphs, kwargs["num_fwd_outputs"])
         return graphs
 
     def forward(graph: GraphModule, inputs: Sequence[object]) -> Callable[..., Any]:

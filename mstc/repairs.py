@@ -8,6 +8,11 @@ Atomic additions in tiles of two dims (C++, more than one thread; seen in torch 
     where the vector of indices is made from that. Rows are then added to where they do not belong.
     Seen in multi-query attention that takes its keys out of one projection by a list
     (``qkv[..., [-2], :]``, Falcon): 6 % of the gradient of the projection.
+
+Buffers that a subgraph of a backward does not own (seen in torch 2.13)
+    AOTAutograd tells which inputs of the backward nobody else reads, by their positions, and the
+    code may write into them. Inductor takes the same positions for the inputs of every subgraph
+    (`invoke_subgraph`), whatever these are there: it may write into what is read later.
 """
 
 from __future__ import annotations
@@ -17,12 +22,14 @@ from typing import Any
 
 import sympy
 from torch._inductor.codegen.cpp import CppTile2DKernel
+from torch._inductor.graph import SubgraphLowering
 
 
 @functools.cache
 def mend() -> None:
     """Apply all repairs, once per process."""
     _add_the_inner_counter_once()
+    _subgraphs_own_no_inputs()
 
 
 def _add_the_inner_counter_once() -> None:
@@ -37,3 +44,14 @@ def _add_the_inner_counter_once() -> None:
         return transform(self, index)
 
     kernel.transform_indexing = transform_once
+
+
+def _subgraphs_own_no_inputs() -> None:
+    lowering: Any = SubgraphLowering
+    initialize = lowering.__init__
+
+    def without_donations(self: Any, *args: Any, **kwargs: Any) -> None:
+        initialize(self, *args, **kwargs)
+        self.bw_donated_idxs = None
+
+    lowering.__init__ = without_donations

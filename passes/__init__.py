@@ -2,6 +2,7 @@
 
     copies    ops read a tensor itself, no `detach` of it                         `passes.copies`
     causal    masks that are proven causal leave attention                        `passes.causal`
+    padding   masks that are the same for every query are read as one row         `passes.padding`
     counted   random numbers become functions of a seed and their positions       `passes.counted`
     shift     cuts of wide values move to what these are made from                `passes.shift`
     generated large values made from small ones are made by each of their readers `passes.generated`
@@ -22,8 +23,9 @@
 Before these, on the graph as Dynamo made it: `passes.defer` takes outputs out that the caller
 probably drops, `passes.detach` makes no gradients for those that nobody differentiates through
 (`passes.dynamo` reads such graphs). After the partitioner, where a budget asks for it,
-`passes.offload` has saved values wait in the host's memory. Everything here is a pure function of
-its arguments; nothing here imports `mstc`.
+`passes.offload` has saved values wait in the host's memory, and `passes.shared` has equal layers
+share what is between their loops. Everything here is a pure function of its arguments; nothing here
+imports `mstc`.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from passes.copies import drop_other_names
 from passes.counted import count_random_numbers
 from passes.generated import remake_generated
 from passes.layout import LayoutError, keep_strides
+from passes.padding import keep_one_row
 from passes.plan import Facts, Planned, PlanOptions, left_alone, make_plan, predict_times
 from passes.regions import find_regions
 from passes.roles import join, separate
@@ -121,6 +124,9 @@ def _facts(
     graph = drop_other_names(graph)
     graph, rewrites = drop_causal_masks(graph, min_bytes=min_region_bytes)
     observe("causal", rewrites)
+    graph, shortened = keep_one_row(graph, min_bytes=min_region_bytes)
+    rewrites += shortened
+    observe("padding", shortened)
     if count_random:
         graph = count_random_numbers(graph, min_bytes=min_region_bytes)
     observe("counted", graph)

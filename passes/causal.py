@@ -20,8 +20,8 @@ Algorithm
        it holds and minus infinity (or the dtype's lowest number) elsewhere, the call gets
        `is_causal` and no mask. If nothing is left, it gets no mask.
 
-Not handled: masks that depend on data (padding, packed documents), windows shorter than the
-sequence, attention written out as matrix products.
+Not handled: masks that depend on data (padding: `passes.padding`; packed documents), windows
+shorter than the sequence, attention written out as matrix products.
 
 Source: the meaning of `is_causal` is the documented one of
     `torch.nn.functional.scaled_dot_product_attention`.
@@ -211,7 +211,7 @@ def _multiply(left: _Value | None, right: _Value | None) -> _Value | None:
     return None
 
 
-class _Prover:
+class Prover:
     """What every value is, at the coordinates of its own dims."""
 
     def __init__(self) -> None:
@@ -229,6 +229,21 @@ class _Prover:
                 made = _moved(made, lambda dim: -1 if sizes[dim] == 1 else dim)
             self.known[arg] = made
         return self.known[arg]
+
+    def varies(self, node: Node) -> frozenset[int] | None:
+        """The dims along which a value differs; None for one that is not known."""
+        value = self.value(node)
+        if value is None:
+            return None
+        if isinstance(value, _Choice):
+            value = value.condition
+        forms: frozenset[_Linear] = frozenset()
+        if isinstance(value, _Linear):
+            forms = frozenset({value})
+        elif isinstance(value, _Condition):
+            sizes = tuple(as_size(size) for size in node.meta["val"].shape)
+            forms = frozenset(f for f in value.forms if not _holds_always(f, sizes))
+        return frozenset(dim for form in forms for dim, _ in form.factors)
 
     def operand(self, node: Node, position: int) -> _Value | None:
         """An operand of a pointwise op, at the coordinates of the result."""
@@ -493,7 +508,7 @@ def _lowest(value: float, dtype: torch.dtype) -> bool:
     return value == -torch.inf or value == torch.finfo(dtype).min
 
 
-def _is_causal(mask: Node, prover: _Prover) -> bool | None:
+def _is_causal(mask: Node, prover: Prover) -> bool | None:
     """True for a causal mask, False for one that masks nothing, None for what is neither."""
     value, found = mask.meta["val"], prover.value(mask)
     if isinstance(found, _Choice) and value.is_floating_point():
@@ -521,7 +536,7 @@ def _as_many_queries_as_keys(node: Node) -> bool:
     return as_size(queries.meta["val"].shape[-2]) == as_size(keys.meta["val"].shape[-2])
 
 
-def _attention_mask(node: Node) -> Node | None:
+def attention_mask(node: Node) -> Node | None:
     """The mask that an attention call reads and may do without."""
     name = _ATTENTION.get(packet_of(node))
     if name is None or node.op != "call_function":
@@ -535,7 +550,12 @@ def _attention_mask(node: Node) -> Node | None:
     return mask
 
 
-def _set(node: Node, name: str, value: bool | None) -> None:
+def set_mask(call: Node, mask: Node | None) -> None:
+    """Give an attention call another mask."""
+    _set_argument(call, _ATTENTION[packet_of(call)], mask)
+
+
+def _set_argument(node: Node, name: str, value: bool | Node | None) -> None:
     """Give an argument of a call another value, by position or by name as the schema has it."""
     assert isinstance(node.target, torch._ops.OpOverload)
     described = node.target._schema.arguments
@@ -557,11 +577,11 @@ def drop_causal_masks(graph: Graph, *, min_bytes: int) -> tuple[Graph, tuple[Rew
         graph: a functional aten graph; left as it is.
         min_bytes: smallest mask that is worth it.
     """
-    prover = _Prover()
+    prover = Prover()
     found: dict[str, bool] = {}
     rewrites: dict[Node, Rewrite] = {}
     for node in graph.nodes:
-        mask = _attention_mask(node)
+        mask = attention_mask(node)
         if mask is None or nbytes(mask.meta["val"]) < min_bytes:
             continue
         causal = _is_causal(mask, prover)
@@ -579,8 +599,8 @@ def drop_causal_masks(graph: Graph, *, min_bytes: int) -> tuple[Graph, tuple[Rew
     new, copied = copy_graph(graph)
     for node, copy in copied.items():
         if node.name in found:
-            _set(copy, _ATTENTION[packet_of(node)], None)
-            _set(copy, "is_causal", found[node.name])
+            set_mask(copy, None)
+            _set_argument(copy, "is_causal", found[node.name])
     new.eliminate_dead_code()
     new.lint()
     return new, tuple(rewrites.values())

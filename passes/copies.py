@@ -7,6 +7,7 @@ the caller.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, Node
@@ -24,6 +25,23 @@ def copy_node(graph: Graph, node: Node, look: Callable[[Node], Argument]) -> Nod
     made.kwargs = map_arg(node.kwargs, look)
     made.meta = dict(node.meta)
     return made
+
+
+def call_like(
+    graph: Graph,
+    like: Node,
+    target: Callable[..., object],
+    args: tuple[Argument, ...],
+    kwargs: dict[str, Argument],
+) -> Node:
+    """A call at the graph's insertion point that does for another shape what `like` does: with its
+    place in the user's code, and the fake value that comes of it."""
+    node = graph.call_function(target, args, kwargs)
+    fake_args, fake_kwargs = map_arg(cast("Any", (args, kwargs)), lambda n: n.meta["val"])
+    with like.meta["val"].fake_mode:
+        value = target(*fake_args, **fake_kwargs)
+    node.meta = dict(like.meta) | {"val": value}
+    return node
 
 
 def copy_graph(graph: Graph) -> tuple[Graph, dict[Node, Node]]:

@@ -29,14 +29,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch.fx import Graph, Node
 
 from passes import rules
 from passes.axes import Axes, analyze_axes
-from passes.copies import copy_graph
+from passes.copies import call_like, copy_graph
 from passes.linear import is_linear_in
 from passes.liveness import tangent_nodes
 from passes.regions import AMPLIFY
@@ -92,15 +91,7 @@ class _Mover:
         args: tuple[object, ...],
         kwargs: dict[str, object],
     ) -> Node:
-        node = self.graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
-        fake_args, fake_kwargs = torch.fx.map_arg(
-            cast("Any", (args, kwargs)), lambda n: n.meta["val"]
-        )
-        with like.meta["val"].fake_mode:
-            value = target(*fake_args, **fake_kwargs)
-        node.meta = {k: v for k, v in like.meta.items() if k != "val"}
-        node.meta["val"] = value
-        return node
+        return call_like(self.graph, like, target, args, kwargs)  # type: ignore[arg-type]
 
     def sizes(self, node: Node, cut: _Cut) -> list[int]:
         """The node's shape with the axis cut."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -131,14 +132,16 @@ def test_models_have_the_parts_that_are_asked_for() -> None:
 
 
 def test_random_masks() -> None:
-    """A mask that is taken for causal is causal."""
-    rewrites = 0
+    """A mask that is taken for causal is causal, and one that is taken for one row is one row."""
+    rewrites: Counter[str] = Counter()
     for seed in range(100):
         mask = draw_mask(random.Random(seed))
         changed, right = rewritten(mask)
-        rewrites += changed
+        rewrites["one row" if "one row" in changed else changed] += 1
         assert right, f"seed {seed}: {mask.text}"
-    assert rewrites > 5
+    del rewrites[""]  # left alone
+    assert rewrites["one row"] > 2
+    assert rewrites.total() - rewrites["one row"] > 5
 
 
 def test_a_single_position_is_no_row_of_positions() -> None:

@@ -182,6 +182,9 @@ class Attention(nn.Module):
             return causal & (at - to < WINDOW)
         if kind == "padding":
             return (batch["keep"][:, None, None, :] & causal) | (at == to)
+        if kind == "keys":  # the same for every query; the first key is seen by all
+            seen = batch["keep"][:, None, None, :] | (to == 0)
+            return seen & (at >= 0) if self.layer.bias else seen.expand(-1, 1, rows, -1)
         if kind == "documents":
             docs = batch["docs"]
             return (causal & (docs[:, :, None] == docs[:, None, :]))[:, None]

@@ -14,7 +14,7 @@ from typing import Any
 
 MASKS = (
     *("none", "is_causal", "positions", "tril", "window", "padding", "documents"),
-    *("learned_bias", "lowest", "slopes", "cross", "cross_causal"),
+    *("learned_bias", "lowest", "slopes", "cross", "cross_causal", "keys"),
 )
 CORES = ("fused", "written", "einsum", "author_chunks")
 PROJECTIONS = ("separate", "split", "unbind", "einsum", "transposed")

@@ -206,7 +206,8 @@ def _seen(before: int) -> tuple[Counter[str], list[str]]:
         found["deferred"] += len(report.deferred)
         fallbacks += [n for n in report.notes if "as it was" in n]
         for graph in report.graphs:
-            found["causal masks dropped"] += len(graph.rewrites)
+            for rewrite in graph.rewrites:
+                found["one row" if "one row" in rewrite.reason else "causal masks dropped"] += 1
             for loop in graph.loops:
                 found[loop.mode] += loop.count
                 found["seed " + loop.seed] += loop.count

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mstc
 import passes.offload
-from mstc import budget, driver
+from mstc import budget, partition
 from mstc.budget import LADDER, OFFLOADED
 from mstc.driver import ChunkPass
 from mstc.inductor import CustomPartitionerFn, compile_outer
@@ -82,7 +82,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         return done
 
     monkeypatch.setattr(passes.offload, "is_far", lambda device: True)
-    monkeypatch.setattr(driver, "offload_saved_values", offload)
+    monkeypatch.setattr(partition, "offload_saved_values", offload)
     return found
 
 
@@ -168,7 +168,7 @@ def test_a_mistake_of_ours(graphs: list[Any], monkeypatch: pytest.MonkeyPatch) -
         raise ZeroDivisionError("of ours")
 
     chosen(monkeypatch, OFFLOADED[0])
-    monkeypatch.setattr(driver, "offload_saved_values", fail)
+    monkeypatch.setattr(partition, "offload_saved_values", fail)
     model = Decoder()
     compiled = torch.compile(model, backend="mst", options=EAGER | {"memory_budget": "1GiB"})
     with pytest.warns(mstc.errors.FallbackWarning, match="ZeroDivisionError: of ours"):
@@ -228,7 +228,7 @@ def test_a_partitioner_of_the_users_goes_first() -> None:
             inputs,
             ChunkPass(Options(), Report()),
             {"custom_partitioner_fn": users},
-            after_partition=lambda *args: after.append(args[2]),
+            after_partition=[lambda *args: after.append(args[2])],
         )
 
     for _ in range(2):  # not cached: the user's partitioner does not say what it does

@@ -137,7 +137,9 @@ def test_the_same_gradients(mask: Mask, written_out: bool) -> None:
     wanted = gradients(model, model, x, data)
     found = gradients(model, torch.compile(model, backend="mst", options=OPTIONS), x, data)
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
-    assert loops_along(131) >= 2, str(mstc.last_report())
+    one_row = bool(mstc.last_report().graphs[0].rewrites)
+    assert one_row == (mask is only_padding and not written_out)
+    assert one_row or loops_along(131) >= 2, str(mstc.last_report())
 
 
 class OneKey(Layer):

@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule
 
 import mstc
-from mstc import budget, driver, emission
+from mstc import budget, emission, partition
 from mstc.options import Options
 from passes.offload import Offloaded
 from tests.sm90 import device
@@ -58,7 +58,7 @@ def main() -> None:
 
 def _record(peaks: dict[str, int], modules: list[str], shares: list[tuple[int, int]]) -> None:
     """Write down what is found from here on: peaks of settings, modules, bytes that move."""
-    measure, load, offload = budget.graph_peak, emission._load, driver.offload_saved_values
+    measure, load, offload = budget.graph_peak, emission._load, partition.offload_saved_values
 
     def measured(graph: GraphModule, inputs: Any, options: Options, compile_: Any) -> int:
         peaks[str(options.setting)] = found = measure(graph, inputs, options, compile_)
@@ -76,7 +76,7 @@ def _record(peaks: dict[str, int], modules: list[str], shares: list[tuple[int, i
 
     budget.graph_peak = measured
     emission._load = loaded
-    driver.offload_saved_values = offloaded
+    partition.offload_saved_values = offloaded
 
 
 if __name__ == "__main__":

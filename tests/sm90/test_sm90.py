@@ -25,6 +25,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("triton", reason="triton is not installed: pip install -c constraints.txt")
 
 from tests.sm90.device import SKIP  # noqa: E402
+from tests.sm90.encoder import HIDDEN, TOKENS  # noqa: E402
 from tests.sm90.llama import LARGE  # noqa: E402
 from tests.sm90.offload import BUDGET, SIZES  # noqa: E402
 
@@ -103,6 +104,15 @@ def _is_tritons(module: dict[str, Any]) -> None:
         known = name in ("mm", "mst.loop.default") or "efficient_attention" in name
         assert known, name
         assert module["role"] != "body" or name == "mm", name
+
+
+def test_padding_is_read_as_one_row() -> None:
+    """Attention of an encoder, forward and backward, reads a mask without rows of its own."""
+    modules = found_by("encoder")["modules"]
+    read = {m["role"]: m["strides"] for m in modules if m["role"] != "body"}
+    one_row = [[f"({TOKENS}, 0, 0, 1)"]]
+    assert read == {"forward": one_row, "backward": one_row}
+    assert max(m["largest_buffer"] for m in modules) == TOKENS * HIDDEN
 
 
 def test_simulated() -> None:
