@@ -21,8 +21,11 @@ import functools
 from typing import Any
 
 import sympy
+from torch._inductor import ir
 from torch._inductor.codegen.cpp import CppTile2DKernel
 from torch._inductor.graph import SubgraphLowering
+
+from passes.shared import NAME
 
 
 @functools.cache
@@ -30,6 +33,7 @@ def mend() -> None:
     """Apply all repairs, once per process."""
     _add_the_inner_counter_once()
     _subgraphs_own_no_inputs()
+    _shared_code_returns_its_own()
 
 
 def _add_the_inner_counter_once() -> None:
@@ -55,3 +59,25 @@ def _subgraphs_own_no_inputs() -> None:
         self.bw_donated_idxs = None
 
     lowering.__init__ = without_donations
+
+
+def _shared_code_returns_its_own() -> None:
+    """Inductor may find that a result is another one, or an operand (``cat`` of all the parts of a
+    ``split``); the caller takes them for memory of their own."""
+    lowering: Any = SubgraphLowering
+    output = lowering.output
+
+    def with_copies(self: Any, target: Any, args: Any, kwargs: Any) -> Any:
+        if NAME not in self.name:
+            return output(self, target, args, kwargs)
+        taken, results = {*self.graph_inputs}, []
+        for result in args[0]:
+            if isinstance(result, ir.TensorBox):
+                result.realize()
+                if result.get_name() in taken:
+                    result = ir.ExternKernel.copy_input(result)
+                taken.add(result.get_name())
+            results.append(result)
+        return output(self, target, (tuple(results),), kwargs)
+
+    lowering.output = with_copies

@@ -211,6 +211,16 @@ def _multiply(left: _Value | None, right: _Value | None) -> _Value | None:
     return None
 
 
+def _is_exact(form: _Linear, dtype: torch.dtype) -> bool:
+    """Whether a dtype holds all values: small integers wrap, and floats round."""
+    if form.factors:
+        return dtype in (torch.int64, torch.int32)
+    try:
+        return torch.tensor(form.constant, dtype=dtype).item() == form.constant
+    except RuntimeError:  # does not fit
+        return False
+
+
 class Prover:
     """What every value is, at the coordinates of its own dims."""
 
@@ -223,6 +233,8 @@ class Prover:
         if arg not in self.known:
             self.known[arg] = None  # while it is looked at
             made = self.made(arg)
+            if isinstance(made, _Linear) and not _is_exact(made, arg.meta["val"].dtype):
+                made = None
             if made is not None:
                 # a dim of size one has one coordinate, zero, and keeps it where it is stretched
                 sizes = [as_size(s) for s in arg.meta["val"].shape]
@@ -258,6 +270,8 @@ class Prover:
         if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
             return None
         packet = packet_of(node)
+        if node.target is shape.BITCAST:
+            return None
         name = getattr(packet, "__name__", "")
         if packet in (prims.iota, aten.arange):
             return self.positions(node)

@@ -18,7 +18,7 @@ Algorithm
 
 Since loops end fusion anyway, nothing is fused less than before.
 
-Not handled: open sizes, random numbers of the generator, graphs with subgraphs of their own.
+Not handled: open sizes, ops that draw from the generator, graphs with subgraphs of their own.
 
 Source: the op is that of `torch.compiler.nested_compile_region`.
 """
@@ -60,7 +60,7 @@ def _is_functional(node: Node) -> bool:
         return True
     if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
         return False
-    if target.namespace not in ("aten", "prims"):
+    if target.namespace not in ("aten", "prims") or not target._schema.returns:
         return False
     if torch.Tag.nondeterministic_seeded in target.tags:
         return argument(node, "dropout_p") == 0  # attention that might draw numbers, and does not
@@ -199,7 +199,7 @@ def share_equal_runs(
     for nodes in _cut(graph):
         if sum(not _is_view(node) for node in nodes) >= min_ops:
             run = _run_of(nodes)
-            if run is not None and run.results:
+            if run is not None and run.results and run.operands:
                 groups[run.key].append(run)
     groups = {key: runs for key, runs in groups.items() if len(runs) >= min_runs}
     if not groups:

@@ -109,7 +109,31 @@ def in_another_order(keep: Tensor) -> Tensor:
     return keep[:, :QUERIES, None].expand(BATCH, QUERIES, KEYS).reshape(BATCH, 1, KEYS, QUERIES).mT
 
 
+def positions_that_wrap(keep: Tensor) -> Tensor:
+    """Eight bits hold no 300: some queries are below zero."""
+    return ((torch.arange(QUERIES) * 9).to(torch.int8)[:, None] >= 0) & square(keep)
+
+
+def positions_of_eight_bits(keep: Tensor) -> Tensor:
+    at = torch.arange(QUERIES, dtype=torch.int8) * torch.full((1,), 9, dtype=torch.int8)
+    return (at[:, None] >= 0) & square(keep)
+
+
+def positions_that_round(keep: Tensor) -> Tensor:
+    at = torch.arange(500, 500 + QUERIES) + torch.zeros(QUERIES, dtype=torch.bfloat16)
+    return (at[:, None] < 500 + QUERIES) & square(keep)
+
+
+def bits_of_positions(keep: Tensor) -> Tensor:
+    at = (torch.arange(QUERIES, dtype=torch.int32) - 5).view(torch.float32)
+    return (at[:, None] >= -6) & square(keep)
+
+
 DIFFERING = [
+    positions_that_wrap,
+    positions_of_eight_bits,
+    positions_that_round,
+    bits_of_positions,
     and_causal,
     and_one_query_differs,
     of_queries,
