@@ -65,6 +65,7 @@ from torch.fx._lazy_graph_module import (
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv  # symbolic sizes of a body
 from torch.fx.graph import _BoxedCodeGen  # frees dead intermediates
+from torch.torch_version import TorchVersion  # compares like a version
 
 from mstc.emission import emit
 from mstc.repairs import mend
@@ -447,9 +448,9 @@ def calls_subgraphs(config: Mapping[str, object]) -> bool:
 
     Inductor's C++ wrapper cannot; with CUDA graphs, and before torch 2.13, nobody has tried.
     """
-    set_by_user = inductor_config.get_config_copy() | dict(config)
-    off = not set_by_user["cpp_wrapper"] and not set_by_user["triton.cudagraphs"]
-    return off and torch.__version__ >= (2, 13)  # type: ignore[operator]  (`TorchVersion`)
+    wrapper = config.get("cpp_wrapper", inductor_config.cpp_wrapper)
+    cudagraphs = config.get("triton.cudagraphs", inductor_config.triton.cudagraphs)
+    return not wrapper and not cudagraphs and TorchVersion(torch.__version__) >= "2.13"
 
 
 def _partitioned_within(activation_budget: float) -> AbstractContextManager[object]:

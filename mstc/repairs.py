@@ -13,6 +13,11 @@ Buffers that a subgraph of a backward does not own (seen in torch 2.13)
     AOTAutograd tells which inputs of the backward nobody else reads, by their positions, and the
     code may write into them. Inductor takes the same positions for the inputs of every subgraph
     (`invoke_subgraph`), whatever these are there: it may write into what is read later.
+
+Results of a subgraph that are one buffer (seen in torch 2.13)
+    Inductor may find that a result is an operand or another result (``cat`` of all the parts of a
+    ``split``), and hands out the same memory twice; the caller takes every result for memory of its
+    own, and may write into it. Mended for what `passes.shared` makes, and for nobody else's.
 """
 
 from __future__ import annotations
@@ -62,8 +67,6 @@ def _subgraphs_own_no_inputs() -> None:
 
 
 def _shared_code_returns_its_own() -> None:
-    """Inductor may find that a result is another one, or an operand (``cat`` of all the parts of a
-    ``split``); the caller takes them for memory of their own."""
     lowering: Any = SubgraphLowering
     output = lowering.output
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch.fx import Graph, Node
-from torch.fx.node import Argument, map_arg
+from torch.fx.node import Argument, Target, map_arg
 
 aten = torch.ops.aten
 _OTHER_NAMES = (aten.detach.default, aten.alias.default)
@@ -30,12 +30,13 @@ def copy_node(graph: Graph, node: Node, look: Callable[[Node], Argument]) -> Nod
 def call_like(
     graph: Graph,
     like: Node,
-    target: Callable[..., object],
+    target: Target,
     args: tuple[Argument, ...],
     kwargs: dict[str, Argument],
 ) -> Node:
     """A call at the graph's insertion point that does for another shape what `like` does: with its
     place in the user's code, and the fake value that comes of it."""
+    assert callable(target)
     node = graph.call_function(target, args, kwargs)
     fake_args, fake_kwargs = map_arg(cast("Any", (args, kwargs)), lambda n: n.meta["val"])
     with like.meta["val"].fake_mode:

@@ -6,9 +6,9 @@ second row on.
 
 Algorithm
     1. For every attention call with a mask, and for its backward, say along which dims the mask may
-       differ: positions and what is compared with them by `passes.causal`; a pointwise op or a view
-       along those of its operands; what is stretched not along the stretched dims; any other value
-       along all of its dims that are larger than one.
+       differ: positions and what is compared with them by `passes.positions`; a pointwise op or a
+       view along those of its operands; what is stretched not along the stretched dims; any other
+       value along all of its dims that are larger than one.
     2. If that of the queries is not among them, the call reads the first row: the mask's ops are
        written once more for that row, back to values that are made otherwise, and these are cut.
        A GPU's kernel wants the mask's whole size, and gets the row stretched with a stride of zero.
@@ -23,7 +23,8 @@ are the same to the bit (`tests/passes/test_padding.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -32,8 +33,9 @@ from torch.fx.node import Argument
 
 from passes import rules
 from passes.axes import as_size
-from passes.causal import Prover, attention_mask, set_mask
+from passes.causal import attention_mask, set_mask
 from passes.copies import call_like, copy_graph
+from passes.positions import Prover
 from passes.records import Rewrite
 from passes.rules import shape
 from passes.rules.arguments import argument
@@ -79,7 +81,7 @@ def _places(operand: Node, node: Node) -> dict[int, int] | None:
         order = argument(node, "dims")
         assert isinstance(order, (list, tuple))
         rank = len(order)
-        return {int(dim) % rank: place for place, dim in enumerate(order)}  # type: ignore[arg-type]
+        return {operator.index(dim) % rank: place for place, dim in enumerate(order)}
     return None
 
 
@@ -141,9 +143,7 @@ class _FirstRow:
             sizes = list(cast("Sequence[Argument]", args[size_at]))
             sizes[dim] = 1
             args = (*args[:size_at], sizes, *args[size_at + 1 :])
-        return call_like(
-            self._graph, node, cast("Callable[..., object]", node.target), args, kwargs
-        )
+        return call_like(self._graph, node, node.target, args, kwargs)
 
     def stretched(self, row: Node, mask: Node) -> Node:
         """The row in the whole mask's size, which takes no memory."""

@@ -42,6 +42,12 @@ NAME = "mst_shared"
 MIN_RUNS = 3  # equal ones
 MIN_OPS = 8  # of a run
 _ALIGNMENT = 16  # bytes: what Triton's kernels ask whether a tensor begins at a multiple of
+_MAYBE_VIEWS = {  # by their arguments, which their schemas do not say
+    torch.ops.aten.contiguous,
+    torch.ops.aten._to_copy,
+    torch.ops.aten.lift_fresh,
+    torch.ops.prims.device_put,
+}
 
 
 @dataclass(frozen=True)
@@ -78,14 +84,6 @@ def _is_view(node: Node) -> bool:
     if any(result.alias_info is not None for result in target._schema.returns):
         return True
     return rules.is_view(node) or target.overloadpacket in _MAYBE_VIEWS
-
-
-_MAYBE_VIEWS = {
-    torch.ops.aten.contiguous,
-    torch.ops.aten._to_copy,
-    torch.ops.aten.lift_fresh,
-    torch.ops.prims.device_put,
-}
 
 
 def _cut(graph: Graph) -> Iterator[list[Node]]:

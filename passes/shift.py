@@ -27,7 +27,6 @@ Source: the same motion that XLA's algebraic simplifier makes for slices of dots
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -84,15 +83,6 @@ class _Mover:
 
     # -- building
 
-    def call(
-        self,
-        like: Node,
-        target: Callable[..., object],
-        args: tuple[object, ...],
-        kwargs: dict[str, object],
-    ) -> Node:
-        return call_like(self.graph, like, target, args, kwargs)  # type: ignore[arg-type]
-
     def sizes(self, node: Node, cut: _Cut) -> list[int]:
         """The node's shape with the axis cut."""
         table = self.axes.table
@@ -127,11 +117,15 @@ class _Mover:
         size_at = rules.size_argument(node)
         if rules.is_reshape(node):
             source = look(node.all_input_nodes[0])
-            return self.call(node, aten.reshape.default, (source, self.sizes(node, cut)), {})
+            return call_like(
+                self.graph, node, aten.reshape.default, (source, self.sizes(node, cut)), {}
+            )
         args = list(torch.fx.map_arg(node.args, look))
         if size_at is not None:
             args[size_at] = self.sizes(node, cut)
-        return self.call(node, node.target, tuple(args), torch.fx.map_arg(dict(node.kwargs), look))  # type: ignore[arg-type]
+        return call_like(
+            self.graph, node, node.target, tuple(args), torch.fx.map_arg(dict(node.kwargs), look)
+        )
 
     def movable(self, node: Node, cut: _Cut) -> bool:
         return (
@@ -153,10 +147,12 @@ class _Mover:
                 self.cache[key] = self.rebuild(node, operands, cut)
             else:
                 shape, dim = self.apart(node, cut)
-                whole = self.call(node, aten.reshape.default, (node, shape), {})
-                piece = self.call(node, aten.slice.Tensor, (whole, dim, cut.start, cut.stop), {})
-                self.cache[key] = self.call(
-                    node, aten.reshape.default, (piece, self.sizes(node, cut)), {}
+                whole = call_like(self.graph, node, aten.reshape.default, (node, shape), {})
+                piece = call_like(
+                    self.graph, node, aten.slice.Tensor, (whole, dim, cut.start, cut.stop), {}
+                )
+                self.cache[key] = call_like(
+                    self.graph, node, aten.reshape.default, (piece, self.sizes(node, cut)), {}
                 )
         return self.cache[key]
 
@@ -165,17 +161,22 @@ class _Mover:
         shape, dim = self.apart(node, cut)
         value = node.meta["val"]
         like = {"dtype": value.dtype, "device": value.device}
-        zeros = self.call(node, aten.full.default, (shape, 0), dict(like))
-        piece = self.call(
+        zeros = call_like(self.graph, node, aten.full.default, (shape, 0), dict(like))
+        piece = call_like(
+            self.graph,
             node,
             aten.reshape.default,
             (inside, [cut.size if i == dim else s for i, s in enumerate(shape)]),
             {},
         )
-        whole = self.call(
-            node, aten.slice_scatter.default, (zeros, piece, dim, cut.start, cut.stop), {}
+        whole = call_like(
+            self.graph,
+            node,
+            aten.slice_scatter.default,
+            (zeros, piece, dim, cut.start, cut.stop),
+            {},
         )
-        return self.call(node, aten.reshape.default, (whole, list(value.shape)), {})
+        return call_like(self.graph, node, aten.reshape.default, (whole, list(value.shape)), {})
 
     # -- the two directions
     # --------------------------------------------------------------------------------------
