@@ -17,6 +17,7 @@ from uuid import uuid4
 import sympy
 import torch
 import torch._functorch.config as functorch_config
+import torch._inductor.compile_fx as inductor_frontend  # has the call that writes code
 import torch._inductor.config as inductor_config
 from torch._C._dynamo.eval_frame import (
     _debug_get_cache_entry_list,
@@ -324,18 +325,46 @@ def compile_body(
     ):
         with mode:
             graph = make_fx(call, _STRETCHED if open_sizes else None)(*arguments)
-        graph = joint_graph_passes(graph)
-        (output,) = graph.graph.find_nodes(op="output")
-        output.meta[
-            "user_visible_output_idxs"
-        ] = []  # no layout is asked for: the loop takes any strides
-        compiler = compile_fx_inner if build else emit
-        compiled = compiler(graph, arguments, is_inference=True)
+        _ask_for_no_layout(graph)
+        if build:
+            with _simplified_if_new(graph):
+                compiled = compile_fx_inner(graph, arguments, is_inference=True)
+        else:
+            compiled = emit(_simplified(graph), arguments, is_inference=True)
     symbols = tuple(s.node.expr for s in open_sizes.values())
     guards = [g.expr for g in shape_env.guards]
     guards += [sympy.Eq(s, r) for s, r in shape_env.replacements.items() if s in symbols]
     kept = tuple(sympy.simplify(g) if g.free_symbols else g for g in map(sympy.sympify, guards))
     return CompiledBody(cast("Any", compiled), sizes, tuple(open_sizes), kept, symbols)
+
+
+def _ask_for_no_layout(graph: GraphModule) -> None:
+    """The loop takes any strides."""
+    (output,) = graph.graph.find_nodes(op="output")
+    output.meta["user_visible_output_idxs"] = []
+
+
+def _simplified(graph: GraphModule) -> GraphModule:
+    """What Inductor does to a joint graph, done to a body's."""
+    graph = joint_graph_passes(graph)
+    _ask_for_no_layout(graph)
+    return graph
+
+
+@contextmanager
+def _simplified_if_new(graph: GraphModule) -> Iterator[None]:
+    """Simplify a graph only if Inductor does not find it in its cache.
+
+    As with AOTAutograd's cache, the key is that of the graph before. The patterns that simplify
+    take a third of a second to load, which a process with warm caches saves.
+    """
+    write = inductor_frontend.fx_codegen_and_compile
+
+    def simplify_and_write(given: GraphModule, *args: Any, **kwargs: Any) -> Any:
+        return write(_simplified(given) if given is graph else given, *args, **kwargs)
+
+    with patch.object(inductor_frontend, "fx_codegen_and_compile", simplify_and_write):
+        yield
 
 
 def _baddbmm(bias: torch.Tensor, left: torch.Tensor, right: torch.Tensor, **scales: Any) -> Any:

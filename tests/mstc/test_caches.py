@@ -37,11 +37,13 @@ PROGRAM = textwrap.dedent(
     import torch
     import mstc
     from torch._dynamo.utils import counters
+    from torch._inductor.fx_passes.joint_graph import pass_patterns
     from tests.models import INDUCTOR, TinyLM, lm_batch
 
     do, artifacts = (*sys.argv[1:], "", "")[:2]
     if do == "load":
         torch.compiler.load_cache_artifacts(Path(artifacts).read_bytes())
+    patterns = sum(len(group.patterns) for group in pass_patterns)
     torch.manual_seed(0)
     model = TinyLM(hidden=8, vocab=64)
     batch = lm_batch(2, 40, vocab=64)
@@ -67,6 +69,7 @@ PROGRAM = textwrap.dedent(
         "notes": report.notes,
         "loops": sum(len(g.loops) for g in report.graphs),
         "report": str(report),
+        "patterns": sum(len(group.patterns) for group in pass_patterns) - patterns,
         "bodies": mstc.runtime.loop.counters.bodies_compiled,
     }))
     """
@@ -97,6 +100,7 @@ def test_a_second_process_starts_warm(tmp_path: Path) -> None:
     assert cold["loss"] == pytest.approx(cold["eager"], rel=1e-5)
     assert cold["lowered"] > cold["bodies"] > 0
     assert cold["bypassed"] == 0
+    assert cold["patterns"] > 0
     _starts_warm(cold, _run(tmp_path / "one"))
 
     elsewhere = _run(tmp_path / "other", "load", bundle)
@@ -115,6 +119,7 @@ def _starts_warm(cold: dict[str, Any], warm: dict[str, Any]) -> None:
     assert (warm["loss"], warm["gradients"]) == (cold["loss"], cold["gradients"])
     # bodies are made ahead in one process and on first use in the other, from the same entries
     assert warm["lowered"] == warm["bypassed"] == 0
+    assert warm["patterns"] == 0, "a third of a second, for nothing"
     (note,) = warm["notes"]
     assert note == "the compiled graph came from PyTorch's cache, with this report"
     assert warm["report"] == f"{cold['report']}\nnote: {note}"
