@@ -351,6 +351,9 @@ def _simplified(graph: GraphModule) -> GraphModule:
     return graph
 
 
+_WRITING = threading.RLock()  # bodies may be compiled on first use, by any thread
+
+
 @contextmanager
 def _simplified_if_new(graph: GraphModule) -> Iterator[None]:
     """Simplify a graph only if Inductor does not find it in its cache.
@@ -358,13 +361,14 @@ def _simplified_if_new(graph: GraphModule) -> Iterator[None]:
     As with AOTAutograd's cache, the key is that of the graph before. The patterns that simplify
     take a third of a second to load, which a process with warm caches saves.
     """
-    write = inductor_frontend.fx_codegen_and_compile
 
     def simplify_and_write(given: GraphModule, *args: Any, **kwargs: Any) -> Any:
         return write(_simplified(given) if given is graph else given, *args, **kwargs)
 
-    with patch.object(inductor_frontend, "fx_codegen_and_compile", simplify_and_write):
-        yield
+    with _WRITING:
+        write = inductor_frontend.fx_codegen_and_compile
+        with patch.object(inductor_frontend, "fx_codegen_and_compile", simplify_and_write):
+            yield
 
 
 def _baddbmm(bias: torch.Tensor, left: torch.Tensor, right: torch.Tensor, **scales: Any) -> Any:
