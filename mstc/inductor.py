@@ -358,8 +358,8 @@ _WRITING = threading.RLock()  # bodies may be compiled on first use, by any thre
 def _simplified_if_new(graph: GraphModule) -> Iterator[None]:
     """Simplify a graph only if Inductor does not find it in its cache.
 
-    As with AOTAutograd's cache, the key is that of the graph before. The patterns that simplify
-    take a third of a second to load, which a process with warm caches saves.
+    As with AOTAutograd's cache, the key is that of the graph before. A process with warm caches
+    saves loading the patterns that simplify.
     """
 
     def simplify_and_write(given: GraphModule, *args: Any, **kwargs: Any) -> Any:

@@ -59,6 +59,7 @@ class Choice:
 
 Value = Linear | Condition | Choice | float  # a float is a constant that is no integer
 ALWAYS = Condition(frozenset())
+_MOST_POSITIONS = 2**31
 
 
 def compare(name: str, left: Value | None, right: Value | None) -> Condition | None:
@@ -214,10 +215,19 @@ def holds_always(form: Linear, sizes: tuple[object, ...]) -> bool:
     return least >= 0
 
 
-def is_exact(form: Linear, dtype: torch.dtype) -> bool:
-    """Whether a dtype holds all values: small integers wrap, and floats round."""
+def is_exact(form: Linear, dtype: torch.dtype, sizes: tuple[object, ...]) -> bool:
+    """Whether a dtype holds all values at the coordinates of a tensor: integers wrap, and floats
+    round. An open size is taken for any that the index of an int32 allows."""
+    least = most = form.constant
+    for dim, factor in form.factors:
+        size = sizes[dim]
+        far = factor * ((size if isinstance(size, int) else _MOST_POSITIONS) - 1)
+        least, most = least + min(far, 0), most + max(far, 0)
     if form.factors:
-        return dtype in (torch.int64, torch.int32)
+        if dtype not in (torch.int64, torch.int32):
+            return False
+        bounds = torch.iinfo(dtype)
+        return bounds.min <= least and most <= bounds.max
     try:
         return torch.tensor(form.constant, dtype=dtype).item() == form.constant
     except RuntimeError:  # does not fit

@@ -64,6 +64,18 @@ def _constant_of(node: Node, number: object) -> Value | None:
     return number_of(number)
 
 
+def _fits(number: object, node: Node) -> bool:
+    """Whether a number is itself in the integer dtypes of an op's operands, which it is cast to."""
+    if not isinstance(number, int):
+        return True
+    values = [operand.meta["val"] for operand in node.all_input_nodes]
+    dtypes = {value.dtype for value in values if isinstance(value, torch.Tensor)} - {torch.bool}
+    if any(dtype.is_floating_point or dtype.is_complex for dtype in dtypes):
+        return True
+    bounds = [torch.iinfo(dtype) for dtype in dtypes]
+    return all(b.min <= number <= b.max for b in bounds)
+
+
 class Prover:
     """What every value is, at the coordinates of its own dims."""
 
@@ -76,11 +88,11 @@ class Prover:
         if arg not in self.known:
             self.known[arg] = None  # while it is looked at
             made = self.made(arg)
-            if isinstance(made, Linear) and not is_exact(made, arg.meta["val"].dtype):
-                made = None
             if made is not None:
+                sizes = tuple(as_size(s) for s in arg.meta["val"].shape)
+                if isinstance(made, Linear) and not is_exact(made, arg.meta["val"].dtype, sizes):
+                    return None
                 # a dim of size one has one coordinate, zero, and keeps it where it is stretched
-                sizes = [as_size(s) for s in arg.meta["val"].shape]
                 made = moved(made, lambda dim: -1 if sizes[dim] == 1 else dim)
             self.known[arg] = made
         return self.known[arg]
@@ -104,8 +116,10 @@ class Prover:
         """An operand of a pointwise op, at the coordinates of the result."""
         arg = node.args[position]
         value = self.value(arg)
-        if not isinstance(arg, Node) or value is None:
-            return value
+        if not isinstance(arg, Node):
+            return value if _fits(arg, node) else None
+        if value is None:
+            return None
         lead = node.meta["val"].dim() - arg.meta["val"].dim()
         return moved(value, lambda dim: dim + lead)
 

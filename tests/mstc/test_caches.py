@@ -119,7 +119,7 @@ def _starts_warm(cold: dict[str, Any], warm: dict[str, Any]) -> None:
     assert (warm["loss"], warm["gradients"]) == (cold["loss"], cold["gradients"])
     # bodies are made ahead in one process and on first use in the other, from the same entries
     assert warm["lowered"] == warm["bypassed"] == 0
-    assert warm["patterns"] == 0, "a third of a second, for nothing"
+    assert warm["patterns"] == 0, "patterns loaded for nothing"
     (note,) = warm["notes"]
     assert note == "the compiled graph came from PyTorch's cache, with this report"
     assert warm["report"] == f"{cold['report']}\nnote: {note}"

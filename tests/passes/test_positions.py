@@ -17,7 +17,7 @@ from tests.passes.graphs import run_graph, trace
 LENGTH = 200  # more than an int8 holds
 Step = Callable[[Tensor], Tensor]
 
-NUMBERS = st.sampled_from([-129, -3, -1, 0, 1, 2, 9, 40_000])
+NUMBERS = st.sampled_from([-129, -3, -1, 0, 1, 2, 9, 40_000, 2**31])
 DTYPES = st.sampled_from(
     [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bfloat16, torch.float32]
 )
@@ -91,6 +91,9 @@ def test_what_is_proven_is_so(steps: list[Step], end: Step) -> None:
         lambda: torch.arange(LENGTH).to(torch.bfloat16) + 200,
         lambda: torch.arange(LENGTH).view(torch.int32),
         lambda: torch.full((4,), 300).to(torch.uint8),
+        lambda: torch.arange(LENGTH, dtype=torch.int32) * 40_000 * 40_000,
+        lambda: torch.arange(LENGTH) * 2**60,
+        lambda: torch.arange(LENGTH, dtype=torch.int32) <= 2**40,
     ],
 )
 def test_nothing_is_said_of_what_wraps_or_rounds(make: Callable[[], Tensor]) -> None:
