@@ -24,6 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 import passes
 from mstc import history
 from mstc.budget import settle
+from mstc.collector import no_collections
 from mstc.device import is_measured, kinds_of, machine_of, min_rows
 from mstc.errors import FallbackWarning
 from mstc.inductor import (
@@ -134,16 +135,17 @@ class ChunkPass(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         self.has_run = True
         try:
-            planned = passes.run_passes(
-                without_duplicates(graph),
-                self.plan_options(graph),
-                min_region_bytes=self.options.min_region_bytes,
-                all_axes=self.is_record,
-                count_random=not wants_eager_random_numbers(),
-                loop_op=loop_op,
-                lowering=self.lowering(),
-                observe=Observer(),
-            )
+            with no_collections():
+                planned = passes.run_passes(
+                    without_duplicates(graph),
+                    self.plan_options(graph),
+                    min_region_bytes=self.options.min_region_bytes,
+                    all_axes=self.is_record,
+                    count_random=not wants_eager_random_numbers(),
+                    loop_op=loop_op,
+                    lowering=self.lowering(),
+                    observe=Observer(),
+                )
         except Exception as error:  # a mistake of ours must not cost the user the run
             fall_back(error, self.report)
             return
@@ -176,14 +178,15 @@ class _TimesPass(ChunkPass):
         options = self.plan_options(graph)
         if options.machine is None:
             return
-        self.found = passes.relative_times(
-            without_duplicates(graph),
-            [dataclasses.replace(options, tightness=one.tightness) for one in self._settings],
-            min_region_bytes=self.options.min_region_bytes,
-            count_random=not wants_eager_random_numbers(),
-            loop_op=loop_op,
-            lowering=self.lowering(),
-        )
+        with no_collections():
+            self.found = passes.relative_times(
+                without_duplicates(graph),
+                [dataclasses.replace(options, tightness=one.tightness) for one in self._settings],
+                min_region_bytes=self.options.min_region_bytes,
+                count_random=not wants_eager_random_numbers(),
+                loop_op=loop_op,
+                lowering=self.lowering(),
+            )
 
 
 class RecordCompiler:

@@ -11,6 +11,7 @@ results add up to the whole.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
 
@@ -113,9 +114,11 @@ def is_attention(node: Node) -> bool:
 
 def is_pointwise(node: Node) -> bool:
     """Whether a code generator can fuse the op into its reader."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
+    return isinstance(node.target, torch._ops.OpOverload) and _fuses(node.target)
+
+
+@functools.cache  # asked for every node of a graph many times, and reading tags takes long
+def _fuses(target: torch._ops.OpOverload) -> bool:
     tags = target.tags
     if torch.Tag.nondeterministic_seeded in tags:
         return False
