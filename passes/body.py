@@ -30,6 +30,7 @@ from torch.fx import Graph, Node
 
 from passes import rules
 from passes.axes import Axes, Dims, Product, Size
+from passes.groups import group_size
 from passes.source import nbytes, op_name, packet_of
 
 aten = torch.ops.aten
@@ -63,6 +64,7 @@ class BodyOutput:
     dtype: torch.dtype  # as in the outer graph
     accumulate: torch.dtype  # of the buffer that the loop fills
     order: tuple[int, ...]  # dims from outermost to innermost in memory
+    in_groups: bool  # whether its sum over very many chunks gains from two steps
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,14 @@ class Body:
     outputs: tuple[BodyOutput, ...]
     axes: tuple[int, ...]  # axis ids, the loop axis first
     nodes: tuple[Node, ...] = field(repr=False)  # outer nodes computed inside, in order
+    split_inputs: tuple[Node, ...] = field(repr=False)  # those of which a chunk gets its slice
+
+    def groups_nbytes(self, num_chunks: int) -> int:
+        """What its sums take once more, where they are made in two steps (`passes.groups`)."""
+        sums = sum(nbytes(o.node.meta["val"]) for o in self.outputs if o.in_groups)
+        along = (*self.split_inputs, *(o.node for o in self.outputs if o.kind == "split"))
+        split = sum(nbytes(n.meta["val"]) for n in along)
+        return sums if sums and group_size(num_chunks, sums, split) else 0
 
 
 def _is_passthrough(node: Node, axes: Axes) -> bool:
@@ -292,6 +302,7 @@ class _BodyBuilder:
                     "dtype": str(o.accumulate).removeprefix("torch."),
                     "order": o.order,
                     "slice": self._slicing(self.axes.dims(o.node)) if o.kind == "split" else None,
+                    "in_groups": o.in_groups,
                 }
                 for o in made
             ],
@@ -303,6 +314,7 @@ class _BodyBuilder:
             outputs=made,
             axes=tuple(self.index),
             nodes=tuple(self.nodes),
+            split_inputs=tuple(n for n in boundary if self._slicing(self.axes.dims(n))),
         )
 
     def _slicing(self, dims: Dims) -> list[object] | None:
@@ -320,7 +332,9 @@ class _BodyBuilder:
         order = tuple(range(value.dim()))
         if kind != "matmul":  # a product is added in place, row by row
             order = tuple(sorted(order, key=lambda d: (-strides[d], d)))
-        return BodyOutput(node, kind, self.dims(node), value.dtype, accumulate, order)
+        terms = node.all_input_nodes if kind == "matmul" else [node]
+        in_groups = kind != "split" and all(t.meta["val"].dtype == torch.float32 for t in terms)
+        return BodyOutput(node, kind, self.dims(node), value.dtype, accumulate, order, in_groups)
 
 
 def build_body(

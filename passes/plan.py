@@ -479,8 +479,10 @@ class _Planner:
         for loop in chunked.loops:
             if loop.plan is plan:
                 room = target - floor.live_bytes[floor.steps.index(loop.node.name)]
-                per_position = self.body_bytes(loop.body, plan.region) / length
-                most = min(most, int(room / max(1, per_position)))
+                per_position = max(1, self.body_bytes(loop.body, plan.region) / length)
+                one = int(room / per_position)
+                room -= loop.body.groups_nbytes(-(-length // max(1, one)))
+                most = min(most, int(room / per_position))
         return self.asked(plan) or _sized(plan, largest_chunk(length, most, min(least, length)))
 
     def asked(self, plan: LoopPlan) -> LoopPlan | None:
@@ -528,6 +530,7 @@ class _Planner:
         for loop in chunked.loops:
             share = loop.plan.chunk / loop.plan.region.length
             extra[loop.node] = int(share * self.body_bytes(loop.body, loop.plan.region))
+            extra[loop.node] += loop.body.groups_nbytes(loop.plan.num_chunks)
         return extra
 
     def chunk_bytes(self, plan: LoopPlan, bodies: Bodies) -> int:

@@ -13,11 +13,11 @@ All that a loop needs is in its arguments, so a graph with loops in it can be ca
 in another process.
 
 Per chunk: narrow the split inputs (no copy where the slice is contiguous), run the compiled body,
-copy split outputs into buffers allocated once, add sums and products in place. Bodies are compiled
-once per distinct text and sizes, ahead of their first use where the sizes are known
-(`prepare_bodies`); when a second size comes, the sizes that differ are left open, so that two
-compiles serve any lengths. Where Inductor cannot leave them open, a few sizes are compiled one by
-one.
+copy split outputs into buffers allocated once, add sums and products in place (very many in two
+steps: `passes.groups`). Bodies are compiled once per distinct text and sizes, ahead of their first
+use where the sizes are known (`prepare_bodies`); when a second size comes, the sizes that differ
+are left open, so that two compiles serve any lengths. Where Inductor cannot leave them open, a few
+sizes are compiled one by one.
 
 A body that Inductor cannot compile is run op by op: as exact, as small, slower. That is said once,
 by a warning and in the report.
@@ -28,6 +28,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -39,7 +40,9 @@ import torch
 from mstc import history
 from mstc.errors import BodyCompilationWarning
 from mstc.inductor import CompiledBody, PendingKernels, compile_body, hide_autocast
-from mstc.runtime.product import add_product
+from mstc.runtime.sums import ChunkSum
+from passes.groups import group_size
+from passes.source import nbytes
 
 log = logging.getLogger(__name__)
 
@@ -98,11 +101,15 @@ class Output:
     dtype: torch.dtype
     order: tuple[int, ...]  # dims from outermost to innermost in memory
     slicing: Slicing | None
+    in_groups: bool  # whether a sum over very many chunks gains from two steps
 
     def shape(self, sizes: Sequence[Any]) -> list[Any]:
         return [
             functools.reduce(lambda a, b: a * b, (sizes[i] for i in dim), 1) for dim in self.dims
         ]
+
+    def nbytes(self, sizes: Sequence[int]) -> int:
+        return math.prod(self.shape(sizes)) * self.dtype.itemsize
 
     def empty(self, sizes: Sequence[Any], device: torch.device) -> torch.Tensor:
         return torch.empty_permuted(self.shape(sizes), self.order, dtype=self.dtype, device=device)
@@ -144,51 +151,69 @@ class Program:
         """The outputs; `only` chooses among the chunks, and among the blocks of a product, for
         simulation."""
         device = _device(inputs)
-        buffers: list[torch.Tensor | None] = [
-            o.empty(sizes, device) if o.kind == "split" else None for o in self.outputs
+        chunks = list(chunks_of(sizes[0], chunk))
+        group = self._group_size(inputs, sizes, len(chunks))
+        made = [
+            o.empty(sizes, device)
+            if o.kind == "split"
+            else ChunkSum(o.dtype, o.order, in_groups=group > 0 and o.in_groups)
+            for o in self.outputs
         ]
-        spans = only(list(chunks_of(sizes[0], chunk)))
+        numbers = only(list(range(len(chunks))))
+        spans = [chunks[i] for i in numbers]
         pieces = self._pieces(inputs, sizes, spans)
         targets = [
-            o.slicing.pieces(b, sizes, spans) if o.slicing is not None and b is not None else ()
-            for o, b in zip(self.outputs, buffers, strict=True)
+            o.slicing.pieces(m, sizes, spans)
+            if o.slicing is not None and isinstance(m, torch.Tensor)
+            else ()
+            for o, m in zip(self.outputs, made, strict=True)
         ]
         functions: dict[int, _Function] = {}  # slices of one size have one form
-        for index, (_, size) in enumerate(spans):
+        for index, (number, (_, size)) in enumerate(zip(numbers, spans, strict=True)):
             own = (size, *sizes[1:])
             tensors = self._slices(pieces, index)
             if size not in functions:
                 functions[size] = self.function(own, tensors)
             values = iter(functions[size](own, tensors))
             del tensors
-            self._put(values, buffers, [t[index] if t else None for t in targets], own, only)
+            ends = group > 0 and (number % group == group - 1 or number == len(chunks) - 1)
+            own_targets = [t[index] if t else m for t, m in zip(targets, made, strict=True)]
+            self._put(values, own_targets, own, ends, only)
             del values  # of a chunk, while the next body runs
+        results = [m.whole if isinstance(m, ChunkSum) else m for m in made]
         return [
-            b if b is not None else o.empty(sizes, device).zero_()
-            for b, o in zip(buffers, self.outputs, strict=True)
+            o.empty(sizes, device).zero_() if r is None else r
+            for r, o in zip(results, self.outputs, strict=True)
         ]
+
+    def _group_size(
+        self, inputs: Sequence[torch.Tensor], sizes: Sequence[int], num_chunks: int
+    ) -> int:
+        sums = sum(o.nbytes(sizes) for o in self.outputs if o.in_groups)
+        split = sum(nbytes(t) for t, s in zip(inputs, self.inputs, strict=True) if s is not None)
+        split += sum(o.nbytes(sizes) for o in self.outputs if o.kind == "split")
+        return group_size(num_chunks, sums, split) if sums else 0
 
     def _put(
         self,
         values: Iterator[torch.Tensor],
-        buffers: list[torch.Tensor | None],
-        targets: Sequence[torch.Tensor | None],
+        targets: Sequence[torch.Tensor | ChunkSum],
         sizes: Sequence[int],
+        ends: bool,
         only: Callable[[list[Any]], list[Any]],
     ) -> None:
-        """Copy or add what the body made of a chunk; `sizes` are the chunk's."""
-        for index, output in enumerate(self.outputs):
+        """Copy or add what the body made of a chunk; `sizes` are the chunk's, `ends` tells the last
+        of a group."""
+        for output, target in zip(self.outputs, targets, strict=True):
             value = next(values)
-            if output.slicing is not None:
-                target = targets[index]
-                assert target is not None
-                target.copy_(output.slicing.split(value, sizes))
-            elif output.kind == "matmul":
-                buffers[index] = add_product(
-                    buffers[index], value, next(values), output.dtype, only=only
-                )
+            if isinstance(target, ChunkSum):
+                if output.kind == "matmul":
+                    target.add_product(value, next(values), ends=ends, only=only)
+                else:
+                    target.add(value, ends=ends)
             else:
-                buffers[index] = _add(buffers[index], value, output)
+                assert output.slicing is not None
+                target.copy_(output.slicing.split(value, sizes))
 
     def _pieces(
         self,
@@ -410,16 +435,6 @@ def _device(inputs: Sequence[torch.Tensor]) -> torch.device:
     return next((t.device for t in inputs if t.dim()), inputs[0].device)
 
 
-def _add(buffer: torch.Tensor | None, value: torch.Tensor, output: Output) -> torch.Tensor:
-    if buffer is None:
-        # a body's result may have any strides, the loop's has those that were promised
-        buffer = torch.empty_permuted(
-            value.shape, output.order, dtype=output.dtype, device=value.device
-        )
-        return buffer.copy_(value)
-    return buffer.add_(value)
-
-
 @functools.cache
 def program_of(spec: str, lowering: str) -> Program:
     """The parsed program of a spec; one per distinct text, so equal layers share what is
@@ -445,6 +460,7 @@ def program_of(spec: str, lowering: str) -> Program:
                 dtype=getattr(torch, o["dtype"]),
                 order=tuple(o["order"]),
                 slicing=_slicing(o["slice"]),
+                in_groups=o["in_groups"],
             )
             for o in entry["outputs"]
         ),

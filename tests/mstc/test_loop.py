@@ -53,9 +53,24 @@ SQUARE = {
             "dtype": "float32",
             "order": [0, 1],
             "slice": [0, [0], 0],
+            "in_groups": False,
         },
-        {"kind": "sum", "dims": [[1]], "dtype": "float32", "order": [0], "slice": None},
-        {"kind": "matmul", "dims": [[1], [1]], "dtype": "float32", "order": [0, 1], "slice": None},
+        {
+            "kind": "sum",
+            "dims": [[1]],
+            "dtype": "float32",
+            "order": [0],
+            "slice": None,
+            "in_groups": True,
+        },
+        {
+            "kind": "matmul",
+            "dims": [[1], [1]],
+            "dtype": "float32",
+            "order": [0, 1],
+            "slice": None,
+            "in_groups": True,
+        },
     ],
 }
 
