@@ -8,6 +8,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from mstc.driver import compile_graph
+from mstc.inductor import forget_cuda_graphs
 from mstc.options import parse_options
 
 
@@ -31,3 +32,6 @@ def mst_backend(
         OptionError: an unknown or impossible option; the message names the known ones.
     """
     return compile_graph(gm, example_inputs, parse_options(options, mode))
+
+
+mst_backend.reset = forget_cuda_graphs  # type: ignore[attr-defined]  # what `torch._dynamo.reset` asks a backend for

@@ -6,6 +6,7 @@ Works with torch 2.11 to 2.13.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
@@ -84,6 +85,7 @@ __all__ = [
     "compile_outer_eager",
     "cpp_compiler",
     "detect_fake_mode",
+    "forget_cuda_graphs",
     "forgotten_frames",
     "get_hash_for_files",
     "hide_autocast",
@@ -117,6 +119,13 @@ def forgotten_frames() -> Iterator[None]:
         for identity, code in compiled().items():
             if identity not in before:
                 reset_code(code)
+
+
+def forget_cuda_graphs() -> None:
+    """Give back the memory of whatever CUDA graphs were recorded, if any were."""
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is not None:  # it starts CUDA where there is one
+        trees.reset_cudagraph_trees()
 
 
 @contextmanager

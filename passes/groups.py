@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 
-MANY = 64  # chunks; up to here a running sum was measured to be nearer than one matrix product
+MANY = 32  # chunks; up to here a running sum was measured to be no further off than one product
 _SHARE = 8  # the second buffers take at most one of so many parts of what is along the axis
 
 

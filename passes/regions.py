@@ -199,7 +199,10 @@ class RegionFinder:
 
     def may_seed(self, node: Node) -> bool:
         """Whether a region may be grown from the node, as far as the node alone tells."""
-        if _bytes_in_float32(node.meta.get("val")) < self.min_bytes or rules.is_view(node):
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            return False
+        if _bytes_in_float32(value) < self.min_bytes or rules.is_view(node):
             return False
         if packet_of(node) is torch.ops.aten.scatter:
             return False  # a gradient of picked values: nearly nothing, and all is wide beside that

@@ -934,3 +934,14 @@ def test_outputs_that_are_not_read() -> None:
         return step
 
     assert_same(train(model, both(call)), train(model, both(model)))
+
+
+def test_dynamo_resets_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cudagraph_trees
+
+    resets: list[None] = []
+    monkeypatch.setattr(cudagraph_trees, "reset_cudagraph_trees", lambda: resets.append(None))
+    compiled = torch.compile(lambda x: 2 * x, backend="mst")
+    assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 2.0))
+    torch._dynamo.reset()
+    assert resets

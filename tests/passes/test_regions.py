@@ -338,3 +338,15 @@ def test_what_a_region_drops_may_seed_another():
     regions, _, _ = found(joint(loss, *(leaf(*s) for s in shapes)), min_bytes=12 * 96)
     assert len(regions) == 2
     assert len({r.axis for r in regions}) == 1
+
+
+def test_an_op_with_several_results_seeds_nothing():
+    """However small a region may be: its results do, one by one."""
+
+    def fn(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        return mlp(x, up, down), F.batch_norm(x, None, None, training=True)
+
+    graph = trace(fn, torch.randn(10, 4), torch.randn(4, 32), torch.randn(32, 4))
+    assert any(isinstance(n.meta.get("val"), tuple) for n in graph.nodes)
+    (region,), _, _ = found(graph, min_bytes=0)
+    assert names(region.nodes) == ["mm", "relu", "mm_1"]

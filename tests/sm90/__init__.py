@@ -4,6 +4,7 @@ PyTorch and Triton take the process to have an H100 (`device`); so each of these
 `test_sm90` starts, and prints what it found as JSON:
     lower     compiles a Llama's step as users do, every Triton kernel down to sm_90's machine code.
     simulate  the memory of the same step, ours and Inductor's.
+    graphs    two steps, and whether CUDA graphs could be made of them, loops included.
     offload   a budget that is met only where saved values go to the host.
     train     the step of a tiny one, run by Triton's interpreter (`interpreter`), and gradients.
 

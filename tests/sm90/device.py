@@ -213,6 +213,7 @@ def _install_cuda() -> None:
         setattr(torch.cuda, name, answer)
     torch.version.cuda = "13.0"  # type: ignore[assignment]
     torch._C._cuda_getCurrentRawStream = _answer(0)  # type: ignore[attr-defined]
+    torch._C._cuda_cudaCachingAllocator_is_enabled = _answer(True)  # type: ignore[attr-defined]
     # "a device is available" would let fake tensors be made by way of real ones
     fake_tensor.init_gpu_context = _nothing
     fake_tensor.FakeTensorMode.avoid_device_init = property(_answer(True))  # type: ignore

@@ -26,6 +26,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -c co
 
 from tests.sm90.device import SKIP  # noqa: E402
 from tests.sm90.encoder import HIDDEN, TOKENS  # noqa: E402
+from tests.sm90.graphs import SIZES as GRAPHS  # noqa: E402
 from tests.sm90.llama import LARGE  # noqa: E402
 from tests.sm90.offload import BUDGET, SIZES  # noqa: E402
 
@@ -129,6 +130,25 @@ def test_simulated() -> None:
     # the head and of every MLP, in three of the chunks, in two runs.
     how = "accumulate: torch.bfloat16 in torch.float32 on cuda:0"
     assert found["products"] == {how: 2 * 3 * (1 + 3 * LARGE.layers)}
+
+
+def test_cuda_graphs() -> None:
+    """A forward with its loops is one CUDA graph, a backward another; both can be recorded, and
+    weights are read where they are, as Inductor's are."""
+    found = found_by("graphs")
+    ours, theirs = found["mst"], found["inductor"]
+    assert ours["loops"] == 1 + 2 * GRAPHS.layers
+    assert ours["skipped"] == theirs["skipped"] == 0
+    assert [graph["backward"] for graph in ours["graphs"]] == [False, True]
+    for graph in ours["graphs"]:
+        assert graph["runs"] == 2
+        assert graph["ops"] > 100, "of the recorded run"
+        assert graph["bodies"] == 0, "compiled while it is recorded"
+        assert graph["mutated"] == 0
+    forward, backward = zip(ours["graphs"], theirs["graphs"], strict=True)
+    assert forward[0]["static"] == forward[1]["static"] > found["weights"]
+    assert forward[0]["copied"] == forward[1]["copied"]
+    assert backward[0]["copied"] <= backward[1]["copied"]
 
 
 def test_offloaded() -> None:
