@@ -28,7 +28,7 @@ Source: `torch._functorch.partitioners.min_cut_rematerialization_partition`,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import accumulate
 
 import torch
@@ -100,11 +100,10 @@ def is_fusible(node: Node) -> bool:
 
 
 class _Builder:
-    def __init__(self, graph: Graph, transient: Callable[[Node], int]) -> None:
+    def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.order = {n: i for i, n in enumerate(graph.nodes)}
         self.phase = phases(graph)
-        self.transient = transient
         self.outputs = set(output_nodes(graph))
         self.uses: dict[
             tuple[Node, Phase], tuple[int, int]
@@ -257,30 +256,27 @@ class _Builder:
                     sums[first] += size
                     sums[last + 1] -= size
         buffers.sort(key=lambda b: (b.born, b.node))
-        extra = [self.transient(node) for node in self.order]
-        live = [n + more for n, more in zip(accumulate(delta), extra, strict=False)]
+        steps = tuple(n.name for n in self.order)
         return Liveness(
             buffers=tuple(buffers),
-            steps=tuple(n.name for n in self.order),
-            live_bytes=tuple(live),
+            steps=steps,
+            live_bytes=tuple(accumulate(delta))[: len(steps)],
             output_bytes=sum(nbytes(n.meta.get("val")) for n in set(made)),
-            gradient_bytes=tuple(accumulate(delta_gradients))[: len(live)],
+            gradient_bytes=tuple(accumulate(delta_gradients))[: len(steps)],
         )
 
 
 def saved_values(graph: Graph) -> frozenset[Node]:
     """Forward values that stay in memory until the backward, by the rule of thumb above."""
-    builder = _Builder(graph, lambda node: 0)
+    builder = _Builder(graph)
     builder.decide_saved()
     return frozenset(builder.saved)
 
 
-def analyze_liveness(graph: Graph, transient: Callable[[Node], int] = lambda node: 0) -> Liveness:
+def analyze_liveness(graph: Graph) -> Liveness:
     """Bytes alive at every step of a joint (or inference) graph.
 
     Args:
         graph: a functional aten graph with fake values in ``meta["val"]``.
-        transient: bytes that a node needs while it runs, beside its inputs and outputs (a loop's
-            body).
     """
-    return _Builder(graph, transient).run()
+    return _Builder(graph).run()

@@ -188,6 +188,7 @@ class Round:
 
     chosen: dict[LoopPlan, Bodies]
     chunked: ChunkedGraph
+    floor: Liveness  # without any chunk
     live: Liveness
 
 
@@ -283,7 +284,7 @@ class _Planner:
             changed = self.resized(chosen, self.rule)
             if self.is_slower(changed, made):
                 continue
-            now, before = (self.while_running(one.chunked) for one in (changed, made))
+            now, before = (self.while_running(one) for one in (changed, made))
             limit = (1 - AXIS_GAIN) * before.peak_intermediate_bytes
             if now.peak_intermediate_bytes <= limit and now.peak_bytes <= before.peak_bytes:
                 made = changed
@@ -297,19 +298,19 @@ class _Planner:
         now, before = (self.work(r.chosen).relative_time(machine) for r in (one, other))
         return now > SLOWER * before
 
-    def while_running(self, chunked: ChunkedGraph) -> Liveness:
+    def while_running(self, made: Round) -> Liveness:
         """Memory with what a loop makes counted from its first chunk on: sums in low precision have
         buffers in float32, all of them at once."""
-        extra = self.of_bodies(chunked)
-        for loop in chunked.loops:
-            extra[loop.node] += sum(map(nbytes, loop.node.meta["val"]))
-        return analyze_liveness(chunked.graph, lambda n: extra.get(n, 0))
+        extra = self.of_bodies(made.chunked)
+        for loop in made.chunked.loops:
+            extra[loop.node.name] += sum(map(nbytes, loop.node.meta["val"]))
+        return made.floor.with_transient(extra)
 
     def rounds(self, unlooped: Liveness, size: Sizing, enough: int = 0) -> list[Round]:
         """Step 2 of the algorithm, until the predicted peak is `enough` bytes."""
         chosen: dict[LoopPlan, Bodies] = {}
         now, rest = unlooped, list(self.regions)
-        found = [Round({}, ChunkedGraph(self.graph, ()), now)]
+        found = [Round({}, ChunkedGraph(self.graph, ()), now, now)]
         while now.peak_bytes > enough:
             at_peak = self.on_peak(now, rest)
             rest = [r for r in rest if r not in at_peak]
@@ -329,7 +330,14 @@ class _Planner:
         sized = {p: size(p, b, chunked, floor) for p, b in chosen.items()}
         chunked = chunked.resized(sized)
         own = {sized[p]: b for p, b in chosen.items()}
-        return Round(own, chunked, self.with_bodies(chunked))
+        return self.round(own, chunked, floor)
+
+    def round(
+        self, chosen: dict[LoopPlan, Bodies], chunked: ChunkedGraph, floor: Liveness
+    ) -> Round:
+        """Chunks' bodies are counted where their loops run."""
+        live = floor.with_transient(self.of_bodies(chunked))
+        return Round(chosen, chunked, floor, live)
 
     def replay(self, before: Liveness, fixed: Sequence[FixedLoop]) -> Planned:
         """The loops of an earlier plan, as far as this graph has them."""
@@ -349,11 +357,12 @@ class _Planner:
         if not chosen and not self.facts.rewrites:
             return self.untouched(before)
         chunked = self.rewrite(chosen) if chosen else ChunkedGraph(self.graph, ())
-        return self.planned(Round(chosen, chunked, self.with_bodies(chunked)), before)
+        floor = analyze_liveness(chunked.graph)
+        return self.planned(self.round(chosen, chunked, floor), before)
 
     def planned(self, made: Round, before: Liveness) -> Planned:
-        floor = analyze_liveness(made.chunked.graph)
-        start, after, least = (live.peak_intermediate_bytes for live in (before, made.live, floor))
+        known = before, made.live, made.floor
+        start, after, least = (live.peak_intermediate_bytes for live in known)
         work, machine = self.work(made.chosen), self.options.machine
         plan = Plan(
             loops=tuple(made.chosen),
@@ -519,18 +528,13 @@ class _Planner:
                 )
                 del chosen[least]
 
-    def with_bodies(self, chunked: ChunkedGraph) -> Liveness:
-        """Memory of the rewritten graph, a chunk's body counted where its loop runs."""
-        extra = self.of_bodies(chunked)
-        return analyze_liveness(chunked.graph, lambda n: extra.get(n, 0))
-
-    def of_bodies(self, chunked: ChunkedGraph) -> dict[Node, int]:
-        """Bytes of a chunk's body, by loop."""
-        extra: dict[Node, int] = {}
+    def of_bodies(self, chunked: ChunkedGraph) -> dict[str, int]:
+        """Bytes of a chunk's body, by the name of its loop."""
+        extra: dict[str, int] = {}
         for loop in chunked.loops:
             share = loop.plan.chunk / loop.plan.region.length
-            extra[loop.node] = int(share * self.body_bytes(loop.body, loop.plan.region))
-            extra[loop.node] += loop.body.groups_nbytes(loop.plan.num_chunks)
+            one = int(share * self.body_bytes(loop.body, loop.plan.region))
+            extra[loop.node.name] = one + loop.body.groups_nbytes(loop.plan.num_chunks)
         return extra
 
     def chunk_bytes(self, plan: LoopPlan, bodies: Bodies) -> int:

@@ -6,7 +6,8 @@ loop, `Refusal` why something may not, `LoopPlan` and `Plan` what will be done.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from torch.fx import Node
@@ -61,6 +62,15 @@ class Liveness:
     @property
     def peak_node(self) -> str:
         return self.steps[self.peak_step] if self.steps else ""
+
+    def with_transient(self, extra: Mapping[str, int]) -> Liveness:
+        """The same, with what nodes take while they run beside their inputs and outputs.
+
+        Args:
+            extra: bytes by name of the node (of a loop: what its body takes).
+        """
+        both = zip(self.steps, self.live_bytes, strict=True)
+        return replace(self, live_bytes=tuple(n + extra.get(step, 0) for step, n in both))
 
     def at(self, step: int) -> tuple[Buffer, ...]:
         """The buffers alive at a step, largest first."""

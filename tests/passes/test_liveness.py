@@ -83,7 +83,7 @@ def test_a_stretched_value_has_the_bytes_of_its_source():
 def test_transient_bytes_count_where_they_are():
     graph = trace(lambda x, w: (x @ w).sum(), torch.randn(10, 4), torch.randn(4, 6))
     (product,) = graph.find_nodes(op="call_function", target=aten.mm.default)
-    live = analyze_liveness(graph, lambda n: 1000 if n is product else 0)
+    live = analyze_liveness(graph).with_transient({product.name: 1000})
     assert live.peak_node == product.name
     assert live.peak_bytes == 10 * 6 * F32 + 1000
 
