@@ -302,9 +302,9 @@ def test_chunks_are_of_rows_whatever_the_length() -> None:
     steps: list[int] = []
     original = mstc.runtime.loop.Program._put
 
-    def put(self, values, buffers, targets, sizes, only):
+    def put(self, values, targets, sizes, ends, only):
         steps.append(sizes[0])
-        return original(self, values, buffers, targets, sizes, only)
+        return original(self, values, targets, sizes, ends, only)
 
     mstc.runtime.loop.Program._put = put
     try:
