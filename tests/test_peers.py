@@ -189,6 +189,17 @@ def test_losses_of_other_libraries_are_called_as_they_say(monkeypatch: pytest.Mo
         assert error < 1e-5
 
 
+def test_packages_are_required_in_the_versions_that_were_measured():
+    """The Mini-Sequence reference is in no registry."""
+    lines = (Path(peers.__file__).parent / "requirements.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if "==" in line and line[0] != "#")
+    packages = {c.package for c in CONTENDERS.values() if c.package} - {"minis"}
+    assert {name.replace("-", "_") for name in pinned} == packages
+    results = measure.ROOT / "benchmarks" / "results" / "peers-cpu.json"
+    measured = json.loads(results.read_text())["versions"]
+    assert pinned == {name: measured[name] for name in pinned}
+
+
 def test_who_cannot_run_here_says_why(monkeypatch: pytest.MonkeyPatch):
     assert CONTENDERS["liger"].missing("cpu") == "needs a GPU"
     absent = Contender("absent", lambda task: task.module, package="no_such_package")

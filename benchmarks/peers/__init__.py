@@ -16,6 +16,7 @@ A sitting
        against those of float64, and the memory of its second step is recorded exactly.
     3. All processes stay, and take steps in turns (A B A B), one at a time, for their times.
 A contender whose package is missing, that fails, is killed or takes too long: its row says so.
+Packages and how to install them: benchmarks/peers/requirements.txt.
 A sitting that was interrupted is held again, without those that failed in it.
 
 Results go to benchmarks/results/peers-<device>.json; docs/peers.md and pictures are made of them
