@@ -3,6 +3,7 @@
     copies    ops read a tensor itself, no `detach` of it                         `passes.copies`
     causal    masks that are proven causal leave attention                        `passes.causal`
     padding   masks that are the same for every query are read as one row         `passes.padding`
+    onehot    sums over one-hot rows (in a cross entropy's gradient) are read off `passes.onehot`
     counted   random numbers become functions of a seed and their positions       `passes.counted`
     shift     cuts of wide values move to what these are made from                `passes.shift`
     generated large values made from small ones are made by each of their readers `passes.generated`
@@ -40,6 +41,7 @@ from passes.copies import drop_other_names
 from passes.counted import count_random_numbers
 from passes.generated import remake_generated
 from passes.layout import LayoutError, keep_strides
+from passes.onehot import read_off_sums
 from passes.padding import keep_one_row
 from passes.plan import Facts, Planned, PlanOptions, left_alone, make_plan, predict_times
 from passes.regions import find_regions
@@ -127,6 +129,8 @@ def _facts(
     graph, shortened = keep_one_row(graph, min_bytes=min_region_bytes)
     rewrites += shortened
     observe("padding", shortened)
+    graph = read_off_sums(graph)
+    observe("onehot", graph)
     if count_random:
         graph = count_random_numbers(graph, min_bytes=min_region_bytes)
     observe("counted", graph)
