@@ -25,7 +25,7 @@ import passes
 from mstc import history
 from mstc.budget import settle
 from mstc.collector import no_collections
-from mstc.device import is_measured, kinds_of, machine_of, min_rows
+from mstc.device import FEWER_ROWS, is_measured, kinds_of, machine_of, min_rows
 from mstc.errors import FallbackWarning
 from mstc.inductor import (
     CustomGraphPass,
@@ -112,16 +112,18 @@ class ChunkPass(CustomGraphPass):
         return get_hash_for_files(_SOURCES, json.dumps([own, self.is_record], sort_keys=True))
 
     def plan_options(self, graph: Graph) -> PlanOptions:
-        kinds = kinds_of(graph)
+        kinds, machine = kinds_of(graph), machine_of(graph)
+        own = self.options.min_chunk_rows
         return PlanOptions(
-            min_rows=self.options.min_chunk_rows or min_rows(kinds),
+            min_rows=own or min_rows(kinds),
+            fewer_rows=FEWER_ROWS if machine is not None and own is None else None,
             min_peak_bytes=self.options.min_peak_bytes,
             chunk_rows=self.options.chunk_rows,
             gradient_in_forward=self.options.gradient_in_forward,
             fixed=self.fixed,
             tightness=None if self.is_record else self.options.setting.tightness,
             least_divisor=self.options.setting.least_divisor,
-            machine=machine_of(graph),
+            machine=machine,
             # measured on CPUs only (docs/axes.md)
             loop_axes=self.options.setting.loop_axes
             or ("either" if kinds == {"cpu"} else "tokens"),

@@ -75,7 +75,8 @@ class Options:
 
     min_chunk_rows: int | None = None
     """Rows per chunk below which the planner does not go, because matrix units would idle; None
-    takes the device's default (256 on a CPU, 2048 on a GPU)."""
+    takes the device's default (256 on a CPU, 2048 on a GPU), and on a CPU in float32 goes down to
+    128 where a chunk would be most of the memory."""
 
     min_peak_bytes: int = 16 * 2**20
     """Predicted peak, in bytes, below which a graph is left untouched."""

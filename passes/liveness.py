@@ -14,7 +14,7 @@ Algorithm
        phase.
     3. A forward value that the backward reads is saved; or made again, if only fusible ops read it
        there and all it is made from is saved anyhow (what AOTAutograd's partitioner decides with a
-       min-cut, by a rule of thumb here).
+       min-cut, by a rule of thumb here), or if it is told to (`passes.remade`).
     4. A buffer lives from its maker to its last reader, which may write its result in place if it
        is pointwise; bytes are summed per step.
 
@@ -39,6 +39,8 @@ from passes.records import Buffer, Liveness, Phase
 from passes.source import nbytes, op_name, packet_of, source_of
 
 _NEGLIGIBLE = 32  # a source this many times smaller than the value is never worth a decision
+_LONG = 8  # values of its size that are computed on the way to one that is made again
+REMADE = "mst_remade"  # in a node's meta: it is made again in the backward (`passes.remade`)
 
 
 def output_nodes(graph: Graph) -> list[Node]:
@@ -162,20 +164,36 @@ class _Builder:
             late = [
                 r for r in self.readers(node) if self.phase[r] == "backward" and r.op != "output"
             ]
-            if not late:
+            if not late or REMADE in node.meta:
                 continue
-            if is_fusible(node) and all(is_fusible(r) or rules.is_reduction(r) for r in late):
-                size = nbytes(node.meta.get("val"))
-                rest = [
-                    s
-                    for s in self.sources(node, "forward")
-                    if s not in self.saved
-                    and s.op != "placeholder"
-                    and nbytes(s.meta.get("val")) * _NEGLIGIBLE > size
-                ]
-                if not rest:
-                    continue
-            self.saved.add(node)
+            fuses = is_fusible(node) and all(is_fusible(r) or rules.is_reduction(r) for r in late)
+            if not fuses or self.unsaved_sources(node):
+                self.saved.add(node)
+
+    def unsaved_sources(self, node: Node) -> list[Node]:
+        """What would have to be saved so that a fused value can be made again."""
+        size = nbytes(node.meta.get("val"))
+        return [
+            s
+            for s in self.sources(node, "forward")
+            if s not in self.saved
+            and s.op != "placeholder"
+            and nbytes(s.meta.get("val")) * _NEGLIGIBLE > size
+        ]
+
+    def length(self, node: Node) -> int:
+        """How many values of its size are computed on the way to a fused value, from saved ones."""
+        size = nbytes(node.meta["val"])
+        seen: set[Node] = set()
+        stack = [node]
+        while stack:
+            root = self.root(stack.pop())
+            known = root in seen or (root is not node and root in self.saved)
+            if known or not is_fusible(root) or 2 * nbytes(root.meta.get("val")) < size:
+                continue
+            seen.add(root)
+            stack.extend(root.all_input_nodes)
+        return len(seen)
 
     def run(self) -> Liveness:
         self.decide_saved()
@@ -271,6 +289,25 @@ def saved_values(graph: Graph) -> frozenset[Node]:
     builder = _Builder(graph)
     builder.decide_saved()
     return frozenset(builder.saved)
+
+
+def saved_beside_sources(graph: Graph) -> list[Node]:
+    """Saved values that a few pointwise ops make of what is saved as well, or of graph inputs;
+    those that are much smaller than the largest saved value are left out."""
+    builder = _Builder(graph)
+    builder.decide_saved()
+    sizes = {n: nbytes(n.meta.get("val")) for n in builder.saved}
+    least = max(sizes.values(), default=0) / _NEGLIGIBLE
+    kept = {builder.root(n) for n in builder.outputs}
+    return [
+        node
+        for node, size in sizes.items()
+        if size >= least
+        and node not in kept
+        and is_fusible(node)
+        and not builder.unsaved_sources(node)
+        and builder.length(node) <= _LONG
+    ]
 
 
 def analyze_liveness(graph: Graph) -> Liveness:

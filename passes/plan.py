@@ -8,8 +8,9 @@ Algorithm
        best. A region that is off the peak is left alone, so short sequences run untouched.
     3. Gradient-in-forward where it can be proven (`passes.modes`), recompute otherwise.
     4. Chunk size: as large as adds at most `TRANSIENT_SHARE` to what is left at the peak without
-       any chunk alive, and never below the rows at which matrix units are still busy (`min_rows`),
-       nor below a `SMALL` share of the peak for which nothing would be done.
+       any chunk alive, and never below the rows at which matrix units are still busy (`min_rows`;
+       `fewer_rows`, where these would add more than `DOMINANT` to what is left), nor below a
+       `SMALL` share of the peak for which nothing would be done.
        The number of chunks is rounded so that chunks are equal where a divisor is near. In a deep
        model that may be one: what the layer makes is then small beside what all layers keep.
     5. Keep the plan only if the predicted peak falls by at least `MIN_GAIN`.
@@ -56,9 +57,11 @@ from passes.records import (
     Region,
     Rewrite,
 )
+from passes.remade import make_again
 from passes.source import hint, nbytes, op_name, source_of
 
 TRANSIENT_SHARE = 0.10  # of the peak that stays, how much a chunk may add
+DOMINANT = 0.5  # of the peak that stays: of a least chunk that adds more, fewer rows will do
 MIN_GAIN = 0.05  # of the predicted peak, below which the graph is left alone
 WORTH_A_ROUND = 1.02  # of the lowest predicted peak, up to which a plan with fewer loops is better
 SMALL = 1 / 8  # of `min_peak_bytes`: a smaller chunk saves nothing that matters, and costs its call
@@ -75,6 +78,8 @@ class PlanOptions:
         int  # rows (tokens) per chunk at which matrix products are still efficient on the device
     )
     min_peak_bytes: int  # predicted peak below which a graph is left untouched
+    fewer_rows: int | None = None  # instead of `min_rows`, where such a chunk would be most of the
+    # memory: some time for much memory
     chunk_rows: int | None = None  # rows per chunk, instead of the planner's choice
     gradient_in_forward: bool = True  # False: always recompute
     fixed: tuple[FixedLoop, ...] | None = None  # these loops, and no planning
@@ -464,6 +469,9 @@ class _Planner:
             (self.body_bytes(b, plan.region) / length for b in bodies.all), default=1
         )
         least = self.least(plan, bodies)
+        fewer = self.options.fewer_rows
+        if fewer is not None and least * per_position > DOMINANT * floor.peak_bytes:
+            least = self.least(plan, bodies, fewer)
         wanted = max(least, int(TRANSIENT_SHARE * floor.peak_bytes / max(1, per_position)))
         return _sized(plan, even_chunk(length, min(wanted, length), least))
 
@@ -502,21 +510,23 @@ class _Planner:
         chunk = max(1, self.options.chunk_rows // _rows_per_position(region))
         return _sized(plan, min(region.length, chunk))
 
-    def least(self, plan: LoopPlan, bodies: Bodies) -> int:
-        """The fewest positions per chunk."""
+    def least(self, plan: LoopPlan, bodies: Bodies, min_rows: int | None = None) -> int:
+        """The fewest positions per chunk; `min_rows` instead of that of the options."""
         region, divisor = plan.region, self.options.least_divisor
         per_position = max(
             (self.body_bytes(b, region) / region.length for b in bodies.all), default=1
         )
         small = SMALL * self.options.min_peak_bytes / max(1, per_position)
-        rows = self.options.min_rows // _rows_per_position(region)
+        rows = (min_rows or self.options.min_rows) // _rows_per_position(region)
         return max(1, rows // divisor, min(round(small / divisor), region.length))
 
     def rewrite(self, chosen: dict[LoopPlan, Bodies]) -> ChunkedGraph:
         """The graph with all of `chosen`; those that cannot be ordered leave `chosen`, refused."""
         while True:
             try:
-                return chunk_graph(self.graph, self.axes, chosen, self.loop_op, self.lowering)
+                made = chunk_graph(self.graph, self.axes, chosen, self.loop_op, self.lowering)
+                make_again(made.graph)
+                return made
             except UnorderedLoops as error:
                 least = min(error.plans, key=lambda p: p.region.inside_bytes)
                 others = [p.region.seed for p in error.plans if p is not least]

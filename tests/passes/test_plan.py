@@ -166,6 +166,25 @@ def test_chunks_are_not_smaller_than_matters():
     assert share * head[1].region.inside_bytes >= SMALL * least
 
 
+def test_chunks_that_would_be_the_peak_have_fewer_rows():
+    """Where it is known what that costs, and nowhere else."""
+    least, fewer, wide = 16, 8, 512
+
+    def fn(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return (F.gelu(x @ up) @ down).square().sum()
+
+    def chunk(length: int, **changes: Any) -> int:
+        values = [leaf(length, 4), leaf(4, wide), leaf(wide, 4)]
+        (loop,) = plan(values, fn, min_rows=least, **changes).planned[0].plan.loops
+        return loop.chunk
+
+    # what stays: gradients of weights and activations; what a row adds: several values of its width
+    assert chunk(32, fewer_rows=fewer) == fewer
+    assert chunk(32) == least
+    assert chunk(2**14, fewer_rows=fewer) >= least
+    assert chunk(32, fewer_rows=fewer, tightness=1.0) == least, "a budget asks for what it needs"
+
+
 def test_rows_are_tokens_of_all_sequences():
     """Four sequences: eight rows are two positions."""
 

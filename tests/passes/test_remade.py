@@ -1,0 +1,222 @@
+"""What is saved beside what it is made from is made again, and nothing else is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Graph
+from torch.utils.checkpoint import CheckpointPolicy
+
+from mstc.runtime.memory import measure_peak
+from passes import plan
+from passes.copies import copy_graph
+from passes.liveness import REMADE, analyze_liveness, saved_beside_sources, saved_values
+from passes.remade import make_again
+from tests.passes.graphs import Recorder, assert_close, compiled, gradients_of
+
+ROWS, HIDDEN, WIDE = 512, 32, 256
+F32 = 4  # bytes
+
+
+def joint(fn: Callable[..., Tensor], *inputs: Tensor) -> Graph:
+    recorder = Recorder(min_peak_bytes=2**60)
+    compiled(fn, inputs, recorder)
+    return recorder.graphs[0]
+
+
+def inputs(*widths: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    shapes = [(ROWS, widths[0]), *pairwise(widths)]
+    return [torch.randn(*shape, requires_grad=True) for shape in shapes]
+
+
+def root_mean_square(x: Tensor) -> Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+def normed(x: Tensor, w: Tensor) -> Tensor:
+    return (root_mean_square(x) @ w).square().sum()
+
+
+def normed_in_bfloat16(x: Tensor, w: Tensor) -> Tensor:
+    return (root_mean_square(x).bfloat16() @ w.bfloat16()).float().square().sum()
+
+
+def layer_normed(x: Tensor, w: Tensor) -> Tensor:
+    return (F.layer_norm(x, x.shape[-1:]) @ w).square().sum()
+
+
+def of_a_stream(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    """The sum is saved for the norm's backward, the norm's output need not be."""
+    stream = x @ w + x
+    return (root_mean_square(stream) @ v).square().sum()
+
+
+def dropped(x: Tensor, w: Tensor) -> Tensor:
+    """The mask is saved: random numbers are not made again."""
+    return ((x * (torch.rand_like(x) < 0.5)) @ w).square().sum()
+
+
+def activated(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return (F.gelu(x @ w) @ v).square().sum()
+
+
+@pytest.mark.parametrize(
+    ("fn", "widths"),
+    [
+        (normed, (HIDDEN, HIDDEN)),
+        (normed_in_bfloat16, (HIDDEN, HIDDEN)),
+        (layer_normed, (HIDDEN, HIDDEN)),
+        (dropped, (HIDDEN, HIDDEN)),
+        (of_a_stream, (HIDDEN, HIDDEN, HIDDEN)),
+        (activated, (HIDDEN, WIDE, HIDDEN)),
+    ],
+    ids=lambda one: getattr(one, "__name__", None),
+)
+def test_made_again(fn: Callable[..., Tensor], widths: tuple[int, ...]) -> None:
+    graph = joint(fn, *inputs(*widths))
+    marked, _ = copy_graph(graph)
+    make_again(marked)
+    found = [n for n in marked.nodes if REMADE in n.meta]
+    assert len(found) == (2 if fn is normed_in_bfloat16 else 1), "a cast of the weight is another"
+    assert all(n.meta["recompute"] is CheckpointPolicy.PREFER_RECOMPUTE for n in found)
+    before, after = ({n.name for n in saved_values(g)} for g in (graph, marked))
+    assert after < before
+    assert before - after == {n.name for n in found}
+    assert not saved_beside_sources(marked)
+
+
+def of_what_is_not_saved(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    """Nothing needs the product itself."""
+    return ((x @ w * 2) @ v).square().sum()
+
+
+def a_product(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return (x @ w @ v).square().sum()
+
+
+def long(x: Tensor, w: Tensor) -> Tensor:
+    for _ in range(5):
+        x = x.sin().cos()
+    return (x @ w).square().sum()
+
+
+@pytest.mark.parametrize(
+    ("fn", "widths"),
+    [
+        (of_what_is_not_saved, (HIDDEN, HIDDEN, HIDDEN)),
+        (a_product, (HIDDEN, HIDDEN, HIDDEN)),
+        (long, (HIDDEN, HIDDEN)),
+    ],
+    ids=lambda one: getattr(one, "__name__", None),
+)
+def test_kept(fn: Callable[..., Tensor], widths: tuple[int, ...]) -> None:
+    assert not saved_beside_sources(joint(fn, *inputs(*widths)))
+
+
+def test_outputs_are_there_anyhow() -> None:
+    def fn(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        made = root_mean_square(x)
+        return (made @ w).square().sum(), made.view(-1)
+
+    assert not saved_beside_sources(joint(fn, *inputs(HIDDEN, HIDDEN)))  # type: ignore[arg-type]
+
+
+def test_small_values_are_kept() -> None:
+    def fn(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        narrow = root_mean_square(x[:, :1])
+        return (narrow @ w[:1]).square().sum() + (x @ v).exp().sum()
+
+    made = inputs(HIDDEN, HIDDEN, WIDE)
+    made[2] = torch.randn(HIDDEN, WIDE, requires_grad=True)
+    assert not saved_beside_sources(joint(fn, *made))
+
+
+def test_the_users_checkpointing_has_decided() -> None:
+    graph, _ = copy_graph(joint(normed, *inputs(HIDDEN, HIDDEN)))
+    (node,) = saved_beside_sources(graph)
+    node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    make_again(graph)
+    assert node.meta["recompute"] is CheckpointPolicy.MUST_SAVE
+    assert REMADE not in node.meta
+
+
+@contextmanager
+def saving_all() -> Iterator[None]:
+    with patch.object(plan, "make_again", lambda graph: None):
+        yield
+
+
+LAYERS = 8
+
+
+def layers(x: Tensor, *weights: Tensor) -> Tensor:
+    """Three products read a norm; a wide part gets a loop."""
+    mixing, up, down = weights[:LAYERS], weights[LAYERS], weights[LAYERS + 1]
+    for w in mixing:
+        x = x + torch.tanh(root_mean_square(x) @ w)
+    return (F.gelu(x @ up) @ down).square().sum()
+
+
+def layered() -> list[Tensor]:
+    torch.manual_seed(0)
+    shapes = [(ROWS, HIDDEN), *[(HIDDEN, HIDDEN)] * LAYERS, (HIDDEN, WIDE), (WIDE, HIDDEN)]
+    return [torch.randn(*shape, requires_grad=True) for shape in shapes]
+
+
+def test_a_step_with_loops_saves_less_by_what_is_made_again() -> None:
+    def saved_by(recorder: Recorder) -> int:
+        made = layered()
+        run = compiled(layers, made, recorder)
+        nbytes = [0]
+
+        def pack(value: Tensor) -> Tensor:
+            nbytes[0] += value.nbytes
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            run(*made)
+        return nbytes[0]
+
+    ours, without = Recorder(chunk_rows=64), Recorder(chunk_rows=8)
+    untouched = Recorder(min_peak_bytes=2**60)
+    with saving_all():
+        all_of_it = saved_by(without)
+    # the norms' outputs, and the last sum, whose terms are saved
+    assert all_of_it - saved_by(ours) == (LAYERS + 1) * ROWS * HIDDEN * F32
+    assert ours.planned[0].plan.loops
+    saved_by(untouched)
+    assert not any(REMADE in n.meta for n in untouched.graphs[0].nodes)
+    expected = [analyze_liveness(g.chunked.graph) for g in (*ours.planned, *without.planned)]  # type: ignore[union-attr]
+    assert expected[0].peak_bytes < expected[1].peak_bytes
+
+
+def test_gradients_stay() -> None:
+    made = [t.detach().double().requires_grad_() for t in layered()]
+    ours = gradients_of(layers, made, Recorder(chunk_rows=64))
+    assert_close(ours, gradients_of(layers, made, None))
+
+
+def test_the_peak_falls() -> None:
+    def peak() -> int:
+        made = layered()
+        run = compiled(layers, made, Recorder(chunk_rows=64))
+
+        def train() -> None:
+            run(*made)[0].backward()
+            for t in made:
+                t.grad = None
+
+        train()
+        return measure_peak(train).peak_nbytes
+
+    with saving_all():
+        before = peak()
+    assert peak() < before
