@@ -10,7 +10,8 @@ Terms
                      what they are made from is kept anyhow (`passes.modes`).
     accumulator      an output that is a sum over the loop axis. A matrix product over the loop axis
                      leaves the body as its two operands, and the loop adds their product in place,
-                     which spares a buffer of the result's size.
+                     which spares a buffer of the result's size. So do split outputs that are
+                     matrix products (`passes.products`).
 
 The body takes the sizes of its axes as arguments, the loop axis' being the chunk's, so that one
 text serves any length; explicit sizes (``view``, ``expand``, ``full``) are rewritten in terms of
@@ -31,6 +32,7 @@ from torch.fx import Graph, Node
 from passes import rules
 from passes.axes import Axes, Dims, Product, Size
 from passes.groups import group_size
+from passes.products import Products, sum_of_products
 from passes.source import nbytes, op_name, packet_of
 
 aten = torch.ops.aten
@@ -65,6 +67,38 @@ class BodyOutput:
     accumulate: torch.dtype  # of the buffer that the loop fills
     order: tuple[int, ...]  # dims from outermost to innermost in memory
     in_groups: bool  # whether its sum over very many chunks gains from two steps
+    products: Products | None = None  # split outputs: how the loop makes it, if not the body
+
+    @property
+    def leaving(self) -> tuple[Node, ...]:
+        """The values that leave the body for it."""
+        if self.kind == "matmul":
+            return _operands(self.node)
+        return _leaving(self.node, self.products)
+
+    @property
+    def terms(self) -> list[int]:
+        """Of every matrix product that the loop makes for it, how many values it takes."""
+        if self.kind == "matmul":
+            return [2]
+        return [len(term) for term in self.products.terms] if self.products else []
+
+    @property
+    def made_outside(self) -> tuple[Node, ...]:
+        """What the loop does for it after the body."""
+        if self.kind == "matmul":
+            return (self.node,)
+        return self.products.nodes if self.products else ()
+
+
+def _operands(product: Node) -> tuple[Node, ...]:
+    """Of a matrix product: a value with itself has one input node and two operands."""
+    operands = product.all_input_nodes
+    return tuple(operands * (3 - len(operands)))
+
+
+def _leaving(node: Node, products: Products | None) -> tuple[Node, ...]:
+    return tuple(i for term in products.terms for i in term) if products else (node,)
 
 
 @dataclass(frozen=True)
@@ -78,6 +112,11 @@ class Body:
     axes: tuple[int, ...]  # axis ids, the loop axis first
     nodes: tuple[Node, ...] = field(repr=False)  # outer nodes computed inside, in order
     split_inputs: tuple[Node, ...] = field(repr=False)  # those of which a chunk gets its slice
+
+    @property
+    def work(self) -> tuple[Node, ...]:
+        """The outer nodes that a chunk computes, in the body or after it."""
+        return (*self.nodes, *(n for o in self.outputs for n in o.made_outside))
 
     def groups_nbytes(self, num_chunks: int) -> int:
         """What its sums take once more, where they are made in two steps (`passes.groups`)."""
@@ -241,20 +280,36 @@ class _BodyBuilder:
         others = (a if i == size_at else torch.fx.map_arg(a, self.look) for i, a in enumerate(args))
         return self.graph.call_function(target, tuple(others), dict(node.kwargs))
 
+    def products(self, kinds: dict[Node, OutputKind]) -> dict[Node, Products]:
+        """The split outputs that the loop can make of operands."""
+        split = [node for node, kind in kinds.items() if kind == "split"]
+        made = {n: sum_of_products(n, self.axes, self.axis, self.computed) for n in split}
+        return {node: one for node, one in made.items() if one is not None}
+
     def build(self, outputs: Sequence[Node]) -> Body:
-        described: list[tuple[Node, OutputKind]] = []
-        roots: list[Node] = []
+        kinds: dict[Node, OutputKind] = {}
         for node in outputs:
-            kind: OutputKind = "split"
+            kinds[node] = "split"
             if self.axes.role(node, self.axis) in ("sum", "tally"):
-                kind = "matmul" if packet_of(node) is aten.mm else "sum"
+                kinds[node] = "matmul" if packet_of(node) is aten.mm else "sum"
             elif self.axes.is_relative(node, self.axis):
                 raise BodyError(f"{op_name(node)} is in an order that one chunk has for itself")
-            described.append((node, kind))
             if self.axes.role(node, self.axis) == "sum":
                 self.sums.add(node)
-            roots.extend(node.all_input_nodes if kind == "matmul" else [node])
-        order = self.order(roots)
+        products = self.products(kinds)
+        while True:
+            roots = [
+                i
+                for node, kind in kinds.items()
+                for i in (
+                    _operands(node) if kind == "matmul" else _leaving(node, products.get(node))
+                )
+            ]
+            order = self.order(roots)
+            needed = {n for n, made in products.items() if not set(order).isdisjoint(made.nodes)}
+            if not needed:
+                break
+            products = {n: made for n, made in products.items() if n not in needed}
         boundary = [n for n in order if not self.computed(n)]
         if not boundary:
             raise BodyError("it reads no tensor")
@@ -268,7 +323,7 @@ class _BodyBuilder:
             if self.axes.is_relative(node, self.axis):
                 raise BodyError(f"{op_name(node)} is in an order that belongs to the whole")
         self.nodes = [n for n in order if self.computed(n)]
-        for node in self.nodes:
+        for node in (*self.nodes, *(n for made in products.values() for n in made.nodes)):
             if self.sums.intersection(node.all_input_nodes):
                 raise BodyError(f"{op_name(node)} reads a sum over the axis inside the loop")
         # every axis gets its number before code is written, so that size arguments come first
@@ -279,17 +334,9 @@ class _BodyBuilder:
             self.map[node] = self.graph.placeholder(f"t{i}")
         for node in self.nodes:
             self.map[node] = self.emit(node, sizes)
-        results: list[Node] = []
-        for node, kind in described:
-            operands = node.all_input_nodes if kind == "matmul" else [node]
-            # a product of a value with itself has one input node and two operands
-            results.extend(
-                self.map[i]
-                for i in (operands * 2 if len(operands) == 1 and kind == "matmul" else operands)
-            )
-        self.graph.output(tuple(results))
+        self.graph.output(tuple(self.map[i] for i in roots))
         self.graph.lint()
-        made = tuple(self._describe(node, kind) for node, kind in described)
+        made = tuple(self._describe(n, kind, products.get(n)) for n, kind in kinds.items())
         spec = {
             "body": self.graph.python_code("self").src,
             "inputs": [
@@ -303,6 +350,7 @@ class _BodyBuilder:
                     "order": o.order,
                     "slice": self._slicing(self.axes.dims(o.node)) if o.kind == "split" else None,
                     "in_groups": o.in_groups,
+                    "terms": o.terms,
                 }
                 for o in made
             ],
@@ -325,7 +373,7 @@ class _BodyBuilder:
                 return [dim, list(self.product(product)), product.index(self.axis)]
         return None
 
-    def _describe(self, node: Node, kind: OutputKind) -> BodyOutput:
+    def _describe(self, node: Node, kind: OutputKind, products: Products | None) -> BodyOutput:
         value = node.meta["val"]
         accumulate: torch.dtype = value.dtype if kind == "split" else _accumulate(node)
         strides = [int(s) if isinstance(s, int) else s.node.hint for s in value.stride()]
@@ -334,7 +382,8 @@ class _BodyBuilder:
             order = tuple(sorted(order, key=lambda d: (-strides[d], d)))
         terms = node.all_input_nodes if kind == "matmul" else [node]
         in_groups = kind != "split" and all(t.meta["val"].dtype == torch.float32 for t in terms)
-        return BodyOutput(node, kind, self.dims(node), value.dtype, accumulate, order, in_groups)
+        dims = self.dims(node)
+        return BodyOutput(node, kind, dims, value.dtype, accumulate, order, in_groups, products)
 
 
 def build_body(

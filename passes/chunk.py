@@ -172,9 +172,8 @@ class _Rewriter:
             if isinstance(unit, Node):
                 place[id(unit)] = self.order[unit]
             else:
-                own = [n for n in unit.body.nodes if n in unit.plan.region.forward] or list(
-                    unit.body.nodes
-                )
+                work = unit.body.work
+                own = [n for n in work if n in unit.plan.region.forward] or list(work)
                 if unit.is_backward:
                     own = [o.node for o in unit.body.outputs]
                 place[id(unit)] = max(self.order[n] for n in own)

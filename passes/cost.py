@@ -175,7 +175,7 @@ def work_of(
     for loop in loops:
         forward, backward = loop.bodies.forward, loop.bodies.backward
         if forward is not None and backward is not None:
-            again += sum(map(flops, set(forward.nodes) & set(backward.nodes)))
+            again += sum(map(flops, set(forward.work) & set(backward.work)))
         nodes = loop.plan.region.nodes
         inside = sum(sizes.get(n.name, 0) for n in nodes if _stays(n, nodes))
         kept += inside * min(1.0, near_nbytes / max(1, loop.chunk_nbytes))

@@ -139,11 +139,9 @@ def gradient_in_forward(
     side = [i for n in chain for i in n.all_input_nodes if i not in tangent]
     if _depends_on(others + side, made):
         return None  # a loop cannot read what it makes
-    if not is_linear_in(
-        root, [*chain, *body.nodes, *(o.node for o in body.outputs if o.kind == "matmul")]
-    ):
+    if not is_linear_in(root, [*chain, *body.work]):
         return None
-    if any(n in tangent and _has_short_range(n) for n in [*chain, *body.nodes, *backward]):
+    if any(n in tangent and _has_short_range(n) for n in [*chain, *body.work, *backward]):
         return None  # a tangent that scales the loss keeps small gradients from vanishing
     return Bodies("gradient-in-forward", body, None, root, chain)
 

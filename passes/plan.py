@@ -582,12 +582,7 @@ def body_bytes(body: Body) -> int:
                 look(i)  # the sizes of views
     for node in body.nodes:
         map_[node] = graph.node_copy(node, look)
-    results = [
-        i
-        for o in body.outputs
-        for i in (o.node.all_input_nodes if o.kind == "matmul" else (o.node,))
-        if o.kind != "sum"
-    ]
+    results = [i for o in body.outputs for i in o.leaving if o.kind != "sum"]
     graph.output(tuple(look(r) for r in results))
     return analyze_liveness(graph).peak_bytes
 

@@ -43,7 +43,9 @@ def _chunk_flops(
     with FlopCounterMode(display=False) as counter:
         values = iter(program.body(size, *sizes[1:], *program.first_slices(inputs, sizes, size)))
         for output in program.outputs:
-            value = next(values)
-            if output.kind == "matmul":
-                torch.mm(value, next(values))
+            for count in output.terms:
+                *_, left, right = (next(values) for _ in range(count))
+                torch.mm(left, right)
+            if not output.terms:
+                next(values)
     return counter.get_total_flops()

@@ -28,7 +28,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -40,6 +39,7 @@ import torch
 from mstc import history
 from mstc.errors import BodyCompilationWarning
 from mstc.inductor import CompiledBody, PendingKernels, compile_body, hide_autocast
+from mstc.runtime.output import Output, Slicing
 from mstc.runtime.sums import ChunkSum
 from passes.groups import group_size
 from passes.source import nbytes
@@ -53,66 +53,6 @@ _LIBRARY.define(
     "loop(Tensor[] inputs, SymInt[] sizes, int chunk, str spec, str lowering) -> Tensor[]",
     tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
 )
-
-
-@dataclass(frozen=True)
-class Slicing:
-    """Where a tensor has the loop axis."""
-
-    dim: int
-    factors: tuple[int, ...]  # the dim's axes, outermost first, as indices into the sizes
-    position: int  # which of them is the loop axis
-
-    def pieces(
-        self, tensor: torch.Tensor, sizes: Sequence[int], spans: Sequence[tuple[int, int]]
-    ) -> Sequence[torch.Tensor]:
-        """The chunks' slices, their factors still apart: dims ``dim .. dim + len(factors) - 1``.
-
-        Views, made in one call where `spans` (start and size of chunks) leave nothing out: one by
-        one they cost as much of the host's time as a small kernel.
-        """
-        if len(self.factors) > 1:
-            tensor = tensor.unflatten(self.dim, [sizes[f] for f in self.factors])
-        axis = self.dim + self.position
-        lengths = [length for _, length in spans]
-        if sum(lengths) == tensor.shape[axis]:
-            return tensor.split_with_sizes(lengths, axis)
-        return [tensor.narrow(axis, start, length) for start, length in spans]
-
-    def merge(self, tensor: torch.Tensor) -> torch.Tensor:
-        if len(self.factors) > 1:
-            tensor = tensor.flatten(self.dim, self.dim + len(self.factors) - 1)
-        return tensor.contiguous()
-
-    def split(self, tensor: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        """A chunk's result with its factors apart, to be copied into its piece of the whole;
-        `sizes` are the chunk's."""
-        if len(self.factors) == 1:
-            return tensor
-        return tensor.unflatten(self.dim, [sizes[f] for f in self.factors])
-
-
-@dataclass(frozen=True)
-class Output:
-    """One value that the loop makes, and how."""
-
-    kind: str  # "split", "sum" or "matmul" (two values of the body, to be multiplied and added)
-    dims: tuple[tuple[int, ...], ...]  # per dim, indices into the sizes
-    dtype: torch.dtype
-    order: tuple[int, ...]  # dims from outermost to innermost in memory
-    slicing: Slicing | None
-    in_groups: bool  # whether a sum over very many chunks gains from two steps
-
-    def shape(self, sizes: Sequence[Any]) -> list[Any]:
-        return [
-            functools.reduce(lambda a, b: a * b, (sizes[i] for i in dim), 1) for dim in self.dims
-        ]
-
-    def nbytes(self, sizes: Sequence[int]) -> int:
-        return math.prod(self.shape(sizes)) * self.dtype.itemsize
-
-    def empty(self, sizes: Sequence[Any], device: torch.device) -> torch.Tensor:
-        return torch.empty_permuted(self.shape(sizes), self.order, dtype=self.dtype, device=device)
 
 
 def _slicing(entry: list[Any] | None) -> Slicing | None:
@@ -162,12 +102,7 @@ class Program:
         numbers = only(list(range(len(chunks))))
         spans = [chunks[i] for i in numbers]
         pieces = self._pieces(inputs, sizes, spans)
-        targets = [
-            o.slicing.pieces(m, sizes, spans)
-            if o.slicing is not None and isinstance(m, torch.Tensor)
-            else ()
-            for o, m in zip(self.outputs, made, strict=True)
-        ]
+        places = [o.places(m, sizes, spans) for o, m in zip(self.outputs, made, strict=True)]
         functions: dict[int, _Function] = {}  # slices of one size have one form
         for index, (number, (_, size)) in enumerate(zip(numbers, spans, strict=True)):
             own = (size, *sizes[1:])
@@ -177,8 +112,8 @@ class Program:
             values = iter(functions[size](own, tensors))
             del tensors
             ends = group > 0 and (number % group == group - 1 or number == len(chunks) - 1)
-            own_targets = [t[index] if t else m for t, m in zip(targets, made, strict=True)]
-            self._put(values, own_targets, own, ends, only)
+            for output, own_places in zip(self.outputs, places, strict=True):
+                output.put(own_places[index], values, own, ends, only)
             del values  # of a chunk, while the next body runs
         results = [m.whole if isinstance(m, ChunkSum) else m for m in made]
         return [
@@ -193,27 +128,6 @@ class Program:
         split = sum(nbytes(t) for t, s in zip(inputs, self.inputs, strict=True) if s is not None)
         split += sum(o.nbytes(sizes) for o in self.outputs if o.kind == "split")
         return group_size(num_chunks, sums, split) if sums else 0
-
-    def _put(
-        self,
-        values: Iterator[torch.Tensor],
-        targets: Sequence[torch.Tensor | ChunkSum],
-        sizes: Sequence[int],
-        ends: bool,
-        only: Callable[[list[Any]], list[Any]],
-    ) -> None:
-        """Copy or add what the body made of a chunk; `sizes` are the chunk's, `ends` tells the last
-        of a group."""
-        for output, target in zip(self.outputs, targets, strict=True):
-            value = next(values)
-            if isinstance(target, ChunkSum):
-                if output.kind == "matmul":
-                    target.add_product(value, next(values), ends=ends, only=only)
-                else:
-                    target.add(value, ends=ends)
-            else:
-                assert output.slicing is not None
-                target.copy_(output.slicing.split(value, sizes))
 
     def _pieces(
         self,
@@ -461,6 +375,7 @@ def program_of(spec: str, lowering: str) -> Program:
                 order=tuple(o["order"]),
                 slicing=_slicing(o["slice"]),
                 in_groups=o["in_groups"],
+                terms=tuple(o["terms"]),
             )
             for o in entry["outputs"]
         ),

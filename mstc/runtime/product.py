@@ -1,6 +1,7 @@
-"""``buffer += left @ right`` for operands narrower than the buffer.
+"""Products that the loop makes itself, into buffers of its own.
 
-Four ways, the best that the device has:
+Of ``buffer += left @ right`` for operands narrower than the buffer there are four ways; the best
+that the device has is taken:
 
     accumulate  ``addmm`` with ``out_dtype``: added in the buffer's precision, in place.
     multiply    ``mm`` with ``out_dtype``, then an addition: one more buffer of the product's size.
@@ -26,7 +27,7 @@ for a moment, the float32 products of other threads would be less exact.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -58,6 +59,24 @@ def add_product(
         return torch.mm(left, right) if buffer is None else buffer.addmm_(left, right)
     way = best_way(left.device, left.dtype, dtype)
     return _WAYS[way](buffer, left, right, dtype, only)
+
+
+def write_products(target: Tensor, terms: Sequence[Sequence[Tensor]]) -> None:
+    """Write a sum of matrix products, without a buffer beside.
+
+    Args:
+        target: ``[m, n]``, in the operands' dtype.
+        terms: of each the operands, ``[m, k]`` and ``[k, n]``; of the first one perhaps a bias of
+            ``[n]`` before.
+    """
+    first, *others = terms
+    if len(first) > 2:
+        bias, left, right = first
+        torch.addmm(bias, left, right, out=target)
+    else:
+        torch.mm(*first, out=target)
+    for left, right in others:
+        target.addmm_(left, right)
 
 
 def _accumulate(

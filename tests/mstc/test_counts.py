@@ -59,8 +59,8 @@ def test_one_more_chunk() -> None:
     assert bodies == 2  # forward and backward
     # forward: up, down; backward: up again, two gradients of activations, two of weights
     assert more["products"] == 7
-    # the output and the input's gradient into their places; three products begin with their bias
-    assert more["aten::copy_"] == 2 + more["aten::expand"] == 5
+    # three products begin with their bias; output and input's gradient are written in their places
+    assert more["aten::copy_"] == more["aten::expand"] == 3
     assert more["aten::add_"] == 1  # the gradient of the bias inside; the other is a sum outside
-    assert more["allocations"] <= 7
+    assert more["allocations"] <= 5
     assert not {"aten::clone", "aten::contiguous", "aten::empty_permuted"} & set(more)

@@ -54,6 +54,7 @@ SQUARE = {
             "order": [0, 1],
             "slice": [0, [0], 0],
             "in_groups": False,
+            "terms": [],
         },
         {
             "kind": "sum",
@@ -62,6 +63,7 @@ SQUARE = {
             "order": [0],
             "slice": None,
             "in_groups": True,
+            "terms": [],
         },
         {
             "kind": "matmul",
@@ -70,6 +72,7 @@ SQUARE = {
             "order": [0, 1],
             "slice": None,
             "in_groups": True,
+            "terms": [2],
         },
     ],
 }
