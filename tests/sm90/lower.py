@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import warnings
 from contextlib import suppress
 from typing import Any
@@ -40,6 +41,10 @@ def main() -> None:
     print(json.dumps(result))
 
 
+# of a kernel's text: a whole row of a chunk's logits, read or written
+_LOGITS = re.compile(rf"tl\.(load|store)\(\w+ \+ \(r\w+ \+ {LARGE.vocabulary}\*x\w+\)")
+
+
 def _described(one: Emitted) -> dict[str, Any]:
     built = [result.kernel for k in one.kernels.values() for result in k.compile_results]
     return {
@@ -47,6 +52,7 @@ def _described(one: Emitted) -> dict[str, Any]:
         "kernels": len(one.kernels),
         "libraries": one.libraries,
         "largest_buffer": one.largest_buffer,
+        "logits": sorted(_LOGITS.findall(one.text)),
         "built": len({b.metadata.name for b in built if b.asm["cubin"]}),
         "targets": sorted({b.metadata.target.arch for b in built}),
     }
