@@ -99,8 +99,12 @@ class ChunkedGraph:
 
 
 def mutated_inputs(graph: Graph) -> set[Node]:
-    """Graph inputs that the graph writes to (AOTAutograd leaves these as trailing ``copy_``)."""
-    found: set[Node] = set()
+    """Graph inputs that the graph writes to (AOTAutograd leaves these as trailing ``copy_``), or
+    whoever calls it, from one of its outputs (which AOTAutograd's descriptors tell)."""
+    (output,) = graph.find_nodes(op="output")
+    described = (getattr(d, "mutated_input", None) for d in output.meta.get("desc") or ())
+    from_outside = {d for d in described if d is not None}
+    found = {n for n in graph.find_nodes(op="placeholder") if n.meta.get("desc") in from_outside}
     for node in graph.nodes:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue

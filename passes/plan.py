@@ -8,9 +8,8 @@ Algorithm
        best. A region that is off the peak is left alone, so short sequences run untouched.
     3. Gradient-in-forward where it can be proven (`passes.modes`), recompute otherwise.
     4. Chunk size: as large as adds at most `TRANSIENT_SHARE` to what is left at the peak without
-       any chunk alive, and never below the rows at which matrix units are still busy (`min_rows`;
-       `fewer_rows`, where these would add more than `DOMINANT` to what is left), nor below a
-       `SMALL` share of the peak for which nothing would be done.
+       any chunk alive, and never below the rows at which matrix units are still busy (`min_rows`),
+       nor below a `SMALL` share of the peak for which nothing would be done.
        The number of chunks is rounded so that chunks are equal where a divisor is near. In a deep
        model that may be one: what the layer makes is then small beside what all layers keep.
     5. Keep the plan only if the predicted peak falls by at least `MIN_GAIN`.
@@ -18,6 +17,7 @@ Algorithm
        weights instead (`loop_axes`), if the predicted peak falls by at least `AXIS_GAIN` more, in
        the same mode, and the step is not predicted to be slower (`passes.cost`). No loop is made
        that would not be made along tokens.
+    7. Chunks that still add more than `DOMINANT` to what is left have `fewer_rows`.
 
 With a `tightness` (a memory budget, see `mstc.budget`) the plan is the one that costs least for a
 target between the predicted peak without loops (0) and with chunks as small as may be (1): regions
@@ -61,7 +61,7 @@ from passes.remade import make_again
 from passes.source import hint, nbytes, op_name, source_of
 
 TRANSIENT_SHARE = 0.10  # of the peak that stays, how much a chunk may add
-DOMINANT = 0.5  # of the peak that stays: of a least chunk that adds more, fewer rows will do
+DOMINANT = 0.5  # of the peak that stays: a chunk that adds more has fewer rows than is fast
 MIN_GAIN = 0.05  # of the predicted peak, below which the graph is left alone
 WORTH_A_ROUND = 1.02  # of the lowest predicted peak, up to which a plan with fewer loops is better
 SMALL = 1 / 8  # of `min_peak_bytes`: a smaller chunk saves nothing that matters, and costs its call
@@ -248,7 +248,7 @@ class _Planner:
         if kept.live.peak_bytes > worth or not (kept.chosen or self.facts.rewrites):
             return self.untouched(before)
         if self.options.tightness is None and self.options.chunk_rows is None:
-            kept = self.along_weights(kept)
+            kept = self.with_fewer_rows(self.along_weights(kept))
         return self.planned(kept, before)
 
     @functools.cached_property
@@ -294,6 +294,24 @@ class _Planner:
             if now.peak_intermediate_bytes <= limit and now.peak_bytes <= before.peak_bytes:
                 made = changed
         return made
+
+    def with_fewer_rows(self, made: Round) -> Round:
+        """Step 7 of the algorithm."""
+        fewer = self.options.fewer_rows
+        if fewer is None:
+            return made
+        sized: dict[LoopPlan, LoopPlan] = {}
+        for plan, bodies in made.chosen.items():
+            sized[plan] = plan
+            length = plan.region.length
+            least = self.least(plan, bodies, fewer)
+            large = self.chunk_bytes(plan, bodies) > DOMINANT * made.floor.peak_bytes
+            if large and not plan.region.along_weights and least < plan.chunk:
+                sized[plan] = _sized(plan, even_chunk(length, min(least, length), least))
+        if all(plan is other for plan, other in sized.items()):
+            return made
+        chosen = {sized[plan]: bodies for plan, bodies in made.chosen.items()}
+        return self.round(chosen, made.chunked.resized(sized), made.floor)
 
     def is_slower(self, one: Round, other: Round) -> bool:
         """Whether the first is predicted to take longer; False where nothing is known."""
@@ -469,10 +487,9 @@ class _Planner:
             (self.body_bytes(b, plan.region) / length for b in bodies.all), default=1
         )
         least = self.least(plan, bodies)
-        fewer = self.options.fewer_rows
-        if fewer is not None and least * per_position > DOMINANT * floor.peak_bytes:
-            least = self.least(plan, bodies, fewer)
         wanted = max(least, int(TRANSIENT_SHARE * floor.peak_bytes / max(1, per_position)))
+        if plan.region.along_weights:  # finer chunks take no longer there (docs/axes.md)
+            return _sized(plan, largest_chunk(length, min(wanted, length), least))
         return _sized(plan, even_chunk(length, min(wanted, length), least))
 
     def least_of(

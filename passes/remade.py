@@ -14,7 +14,8 @@ Algorithm
 
 Only for graphs that get loops: whatever is left alone is left alone.
 
-Not handled: values that need something more to be saved (queries after their rotation: their
+Not handled: what is made of an input that the model writes to, which has other values by then;
+values that need something more to be saved (queries after their rotation: their
 product before it is needed nowhere else); what a checkpointed model makes again as it is.
 
 Source: `torch._functorch.partitioners` (``ban_recompute_materialized_backward``, and what
@@ -23,12 +24,28 @@ Source: `torch._functorch.partitioners` (``ban_recompute_materialized_backward``
 
 from __future__ import annotations
 
-from torch.fx import Graph
+from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from passes.liveness import REMADE, saved_beside_sources
+from passes import rules
+from passes.chunk import mutated_inputs
+from passes.liveness import REMADE, is_fusible, saved_beside_sources
 
 _RECOMPUTE = "recompute"  # in a node's meta, for the partitioner
+
+
+def _reads(value: Node, inputs: set[Node]) -> bool:
+    """Whether a value may be made of one of these graph inputs by pointwise ops."""
+    seen: set[Node] = set()
+    stack = [value]
+    while stack:
+        node = stack.pop()
+        if node in inputs:
+            return True
+        if node not in seen and (is_fusible(node) or rules.is_view(node)):
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return False
 
 
 def make_again(graph: Graph) -> None:
@@ -37,7 +54,9 @@ def make_again(graph: Graph) -> None:
     Args:
         graph: a functional joint graph of the caller's own.
     """
+    written = mutated_inputs(graph)
     for node in saved_beside_sources(graph):
-        if _RECOMPUTE not in node.meta:  # the user's checkpointing has decided
+        # the user's checkpointing may have decided
+        if _RECOMPUTE not in node.meta and not (written and _reads(node, written)):
             node.meta[REMADE] = True
             node.meta[_RECOMPUTE] = CheckpointPolicy.PREFER_RECOMPUTE

@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -55,6 +56,13 @@ class Slicing:
         return tensor.unflatten(self.dim, [sizes[f] for f in self.factors])
 
 
+def _has_rows(tensor: torch.Tensor) -> bool:
+    """Whether all but the last dim can be seen as one: those of several sequences cannot."""
+    dims = [d for d in range(tensor.dim() - 1) if tensor.shape[d] != 1]
+    shape, strides = tensor.shape, tensor.stride()
+    return all(strides[a] == strides[b] * shape[b] for a, b in pairwise(dims))
+
+
 @dataclass(frozen=True)
 class Output:
     """One value that the loop makes, and how."""
@@ -90,12 +98,9 @@ class Output:
             return [whole] * len(spans)
         assert self.slicing is not None
         pieces = self.slicing.pieces(whole, sizes, spans)
-        if not self.terms:
+        if not self.terms or not all(map(_has_rows, pieces)):
             return pieces
-        try:
-            return [p.view(math.prod(p.shape[:-1]), p.shape[-1]) for p in pieces]
-        except RuntimeError:  # rows of several sequences are not one after the other
-            return pieces
+        return [p.view(math.prod(p.shape[:-1]), p.shape[-1]) for p in pieces]
 
     def put(
         self,

@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 import mstc
 from mstc import history
 from mstc.runtime import loop
+from mstc.runtime.output import Output
 from tests.models import (
     EAGER,
     INDUCTOR,
@@ -300,13 +301,13 @@ def test_chunks_are_of_rows_whatever_the_length() -> None:
     model = TinyLM()
     call = compile_mst(model, dynamic=True, chunk_rows=8)
     steps: list[int] = []
-    original = mstc.runtime.loop.Program._put
+    original = Output.put
 
-    def put(self, values, targets, sizes, ends, only):
+    def put(self, place, values, sizes, ends, only):
         steps.append(sizes[0])
-        return original(self, values, targets, sizes, ends, only)
+        return original(self, place, values, sizes, ends, only)
 
-    mstc.runtime.loop.Program._put = put
+    Output.put = put
     try:
         for length in (16, 64, 160):
             steps.clear()
@@ -314,7 +315,7 @@ def test_chunks_are_of_rows_whatever_the_length() -> None:
                 call(*lm_batch(1, length))
             assert max(steps) <= 8
     finally:
-        mstc.runtime.loop.Program._put = original
+        Output.put = original
 
 
 @pytest.mark.parametrize("length", [1, 2])
