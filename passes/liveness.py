@@ -291,15 +291,15 @@ def saved_values(graph: Graph) -> frozenset[Node]:
     return frozenset(builder.saved)
 
 
-def saved_beside_sources(graph: Graph) -> list[Node]:
-    """Saved values that a few pointwise ops make of what is saved as well, or of graph inputs;
-    those that are much smaller than the largest saved value are left out."""
+def saved_beside_sources(graph: Graph) -> tuple[list[Node], frozenset[Node]]:
+    """Saved values that a few pointwise ops make of what is saved as well, or of graph inputs, and
+    all saved values; of the first, those much smaller than the largest saved value are left out."""
     builder = _Builder(graph)
     builder.decide_saved()
     sizes = {n: nbytes(n.meta.get("val")) for n in builder.saved}
     least = max(sizes.values(), default=0) / _NEGLIGIBLE
     kept = {builder.root(n) for n in builder.outputs}
-    return [
+    found = [
         node
         for node, size in sizes.items()
         if size >= least
@@ -308,6 +308,7 @@ def saved_beside_sources(graph: Graph) -> list[Node]:
         and not builder.unsaved_sources(node)
         and builder.length(node) <= _LONG
     ]
+    return found, frozenset(builder.saved)
 
 
 def analyze_liveness(graph: Graph) -> Liveness:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch.fx import Graph, Node
@@ -64,6 +65,10 @@ def _shape(node: object) -> list[object] | None:
     return [as_size(s) for s in value.shape] if isinstance(value, torch.Tensor) else None
 
 
+def _rank(node: object) -> int:
+    return len(_shape(node) or ())
+
+
 def _is_one_per_row(operand: object, node: Node, dim: int) -> bool:
     """Whether `operand` has the shape of `node` (dims of size one may be missing in front), but
     size one at `dim`."""
@@ -90,8 +95,8 @@ def _is_one_hot_scatter(node: Node, dim: int) -> bool:
     rank = node.meta["val"].dim()
     if dim_of(node, rank) != dim or not _is_zeros(node.args[0]):
         return False
-    elements = (argument(node, "index"), argument(node, "src"))
-    return all(one is None or _is_one_per_row(one, node, dim) for one in elements)
+    elements = [one for one in (argument(node, "index"), argument(node, "src")) if one is not None]
+    return all(_rank(one) == rank and _is_one_per_row(one, node, dim) for one in elements)
 
 
 def _dim_before(node: Node, dim: int) -> int | None:
@@ -136,7 +141,7 @@ def _can_be_read(made: _OneHot) -> bool:
     number = argument(made.scatter, "value")
     if number is None:
         return True
-    if not isinstance(number, (int, float)) or number != int(number) or abs(number) > _EXACT:
+    if not isinstance(number, (int, float)) or not abs(number) <= _EXACT or number != int(number):
         return False
     first = made.steps[0] if made.steps else None
     if first is None or first.factor is None:
@@ -172,16 +177,16 @@ def _one_at(node: Node, dim: int, copied: dict[Node, Node]) -> list[Argument]:
 def _elements(graph: Graph, copied: dict[Node, Node], made: _OneHot) -> Node:
     """The element of every row, with size one along the dim; made at the graph's insertion
     point."""
-    source = argument(made.scatter, "src")
-    element = copied[source] if isinstance(source, Node) else argument(made.scatter, "value")
+    source, number = argument(made.scatter, "src"), argument(made.scatter, "value")
+    element: Argument = copied[source] if isinstance(source, Node) else cast("float", number)
     for step in made.steps:
         node = step.node
-        args, kwargs = (element, *node.args[1:]), dict(node.kwargs)
+        args: tuple[Argument, ...] = (element, *node.args[1:])
         if step.factor is not None:
             args = (copied[step.factor], element)
         elif packet_of(node) in _VIEWS:
             args = (element, _one_at(node, step.dim, copied))
-        element = call_like(graph, node, node.target, args, kwargs)
+        element = call_like(graph, node, node.target, args, dict(node.kwargs))
     assert isinstance(element, Node)
     return element
 
@@ -204,5 +209,6 @@ def read_off_sums(graph: Graph) -> Graph:
                 result = call_like(new, node, aten.squeeze.dim, (result, dim), {})
         copied[node].replace_all_uses_with(result)
         new.erase_node(copied[node])
+        copied[node] = result  # a factor of a later one, perhaps
     new.lint()
     return new

@@ -5,9 +5,10 @@ there, but the last op of a chunk is mostly a matrix product (an MLP's output, t
 input), or a sum of some, which a library computes into a buffer of its own, to be copied. Such a
 result leaves the body as the operands, and the loop multiplies into the slice: the first product
 with ``mm(out=)``, further ones added to it. That spares the copy, and of every product the buffer.
+(Of several sequences a slice is no matrix; there the loop makes one buffer, and copies.)
 
-Only where rows are what the loop goes along, so that a slice is rows of the whole, and where nobody
-else reads a product. As for sums over chunks, see `passes.body`.
+Only where rows are what the loop goes along, and where nobody else reads a product. As for sums
+over chunks, see `passes.body`.
 """
 
 from __future__ import annotations
@@ -46,15 +47,17 @@ class _Reader:
         """`reader` is the one node that may read it."""
         if not self.is_inside(node) or (reader is not None and set(node.users) != {reader}):
             return None
-        packet = packet_of(node)
-        if packet in _FLATTENING:
+        if packet_of(node) in _FLATTENING:
             return self._reshaped(node)
         if node.target is aten.add.Tensor:
             return self._added(node)
-        if packet is aten.mm:
+        if node.target is aten.mm.default:
             left, right = node.all_input_nodes * (3 - len(node.all_input_nodes))
             return self._product(node, left, right)
-        if packet is aten.addmm and argument(node, "beta") == argument(node, "alpha") == 1:
+        if (
+            node.target is aten.addmm.default
+            and argument(node, "beta") == argument(node, "alpha") == 1
+        ):
             bias, left, right = (node.args[i] for i in range(3))
             assert isinstance(bias, Node)
             assert isinstance(left, Node)
@@ -101,10 +104,16 @@ class _Reader:
         first, second = self.read(one, node), self.read(other, node)
         if first is None or second is None:
             return None
-        terms = sorted((*first.terms, *second.terms), key=len, reverse=True)
-        if len(terms[1]) > 2:  # two biases
+        # what is added to the rest comes last, so that sums are made in the order that was written
+        if not _is_one_product(second):
+            first, second = second, first
+        if not _is_one_product(second):
             return None
-        return Products(tuple(terms), (*first.nodes, *second.nodes, node))
+        return Products((*first.terms, *second.terms), (*first.nodes, *second.nodes, node))
+
+
+def _is_one_product(made: Products) -> bool:
+    return len(made.terms) == 1 and len(made.terms[0]) == 2
 
 
 def sum_of_products(

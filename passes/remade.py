@@ -10,12 +10,15 @@ transformer saves beside its loops, that is one.
 Algorithm
     1. Find what is saved and made by at most a few pointwise ops of values that are saved anyhow,
        or of graph inputs (`passes.liveness`).
-    2. Tell the partitioner to make it again, as `torch.utils.checkpoint` would.
+    2. Leave out what comes, however far, from an input that the model writes to, which has other
+       values by the time of the backward; and what would have the backward read an input that it
+       does not read without, unless that is trained. (The caller may have changed it by then. Who
+       changes what is trained between forward and backward fails in eager code as well.)
+    3. Tell the partitioner to make the rest again, as `torch.utils.checkpoint` would.
 
 Only for graphs that get loops: whatever is left alone is left alone.
 
-Not handled: what is made of an input that the model writes to, which has other values by then;
-values that need something more to be saved (queries after their rotation: their
+Not handled: values that need something more to be saved (queries after their rotation: their
 product before it is needed nowhere else); what a checkpointed model makes again as it is.
 
 Source: `torch._functorch.partitioners` (``ban_recompute_materialized_backward``, and what
@@ -24,28 +27,59 @@ Source: `torch._functorch.partitioners` (``ban_recompute_materialized_backward``
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Set
+
+import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from passes import rules
 from passes.chunk import mutated_inputs
-from passes.liveness import REMADE, is_fusible, saved_beside_sources
+from passes.liveness import REMADE, phases, saved_beside_sources
 
 _RECOMPUTE = "recompute"  # in a node's meta, for the partitioner
 
 
-def _reads(value: Node, inputs: set[Node]) -> bool:
-    """Whether a value may be made of one of these graph inputs by pointwise ops."""
-    seen: set[Node] = set()
+def _inputs_of(value: Node, borders: Set[Node] = frozenset()) -> Iterator[Node]:
+    """The graph inputs that a value is made of, by whatever ops, but not beyond `borders`."""
+    seen: set[Node] = {value}
     stack = [value]
     while stack:
         node = stack.pop()
-        if node in inputs:
-            return True
-        if node not in seen and (is_fusible(node) or rules.is_view(node)):
-            seen.add(node)
-            stack.extend(node.all_input_nodes)
-    return False
+        if node.op == "placeholder":
+            yield node
+        for i in node.all_input_nodes:
+            if i not in seen and i not in borders:
+                seen.add(i)
+                stack.append(i)
+
+
+def _trained(graph: Graph) -> set[Node]:
+    """The graph inputs that get a gradient, as AOTAutograd's descriptors have it."""
+    (output,) = graph.find_nodes(op="output")
+    results = output.args[0]
+    assert isinstance(results, (list, tuple))
+    described = output.meta.get("desc") or ()
+    of = {
+        getattr(d, "grad_of", None)
+        for value, d in zip(results, described, strict=False)
+        if value is not None
+    } - {None}
+    return {n for n in graph.find_nodes(op="placeholder") if n.meta.get("desc") in of}
+
+
+def _read_later(graph: Graph) -> set[Node]:
+    """The graph inputs that the backward reads."""
+    phase = phases(graph)
+
+    def is_read(node: Node) -> bool:
+        return any(
+            is_read(user) if rules.is_view(user) else phase[user] == "backward"
+            for user in node.users
+            if user.op == "call_function"
+        )
+
+    return {n for n in graph.find_nodes(op="placeholder") if is_read(n)}
 
 
 def make_again(graph: Graph) -> None:
@@ -54,9 +88,16 @@ def make_again(graph: Graph) -> None:
     Args:
         graph: a functional joint graph of the caller's own.
     """
+    found, saved = saved_beside_sources(graph)
+    found = [n for n in found if _RECOMPUTE not in n.meta]  # the user's checkpointing has decided
+    if not found:
+        return
     written = mutated_inputs(graph)
-    for node in saved_beside_sources(graph):
-        # the user's checkpointing may have decided
-        if _RECOMPUTE not in node.meta and not (written and _reads(node, written)):
+    there = _trained(graph) | _read_later(graph)
+    for node in found:
+        if written and not written.isdisjoint(_inputs_of(node)):
+            continue
+        tensors = {n for n in _inputs_of(node, saved) if isinstance(n.meta["val"], torch.Tensor)}
+        if tensors <= there:
             node.meta[REMADE] = True
             node.meta[_RECOMPUTE] = CheckpointPolicy.PREFER_RECOMPUTE

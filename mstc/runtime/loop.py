@@ -13,11 +13,11 @@ All that a loop needs is in its arguments, so a graph with loops in it can be ca
 in another process.
 
 Per chunk: narrow the split inputs (no copy where the slice is contiguous), run the compiled body,
-copy split outputs into buffers allocated once, add sums and products in place (very many in two
-steps: `passes.groups`). Bodies are compiled once per distinct text and sizes, ahead of their first
-use where the sizes are known (`prepare_bodies`); when a second size comes, the sizes that differ
-are left open, so that two compiles serve any lengths. Where Inductor cannot leave them open, a few
-sizes are compiled one by one.
+multiply or copy split outputs into buffers allocated once (`mstc.runtime.output`), add sums and
+products in place (very many in two steps: `passes.groups`). Bodies are compiled once per distinct
+text and sizes, ahead of their first use where the sizes are known (`prepare_bodies`); when a second
+size comes, the sizes that differ are left open, so that two compiles serve any lengths. Where
+Inductor cannot leave them open, a few sizes are compiled one by one.
 
 A body that Inductor cannot compile is run op by op: as exact, as small, slower. That is said once,
 by a warning and in the report.

@@ -107,6 +107,18 @@ def into_other_values(index: Tensor, factor: Tensor) -> Tensor:
     return torch.ones(ROWS, COLUMNS).scatter(1, index, factor).sum(1)
 
 
+def infinite(index: Tensor, factor: Tensor) -> Tensor:
+    return (scattered(index, float("-inf"), 1) * factor).sum(1)
+
+
+def no_number(index: Tensor, factor: Tensor) -> Tensor:
+    return (scattered(index, float("nan"), 1) * factor).sum(1)
+
+
+def of_one_row(index: Tensor, factor: Tensor) -> Tensor:
+    return torch.zeros(COLUMNS).scatter(0, index[0, 0], factor[0, 0]).sum(0, keepdim=True)
+
+
 def along_the_other_dim(index: Tensor, factor: Tensor) -> Tensor:
     return scattered(index, factor, 1).sum(0)
 
@@ -171,6 +183,9 @@ def a_number_and_a_dim_less(index: Tensor, factor: Tensor) -> Tensor:
 
 OTHERS = [
     into_other_values,
+    infinite,
+    no_number,
+    of_one_row,
     along_the_other_dim,
     over_all,
     some_rows,
@@ -264,3 +279,16 @@ def test_losses_have_one_sum_over_the_vocabulary(loss: Callable[..., Tensor], ig
             if any(user.target is aten.sum.dim_IntList for user in node.users)
         ]
         assert not over_zeros
+
+
+def test_one_sum_may_be_the_factor_of_another() -> None:
+    def fn(index: Tensor, factor: Tensor) -> Tensor:
+        first = scattered(index, factor, 1).sum(1, keepdim=True)
+        return (scattered(index, 1.0, 1) * first).sum(1)
+
+    index, factor = labels(ROWS, 1), torch.randn(ROWS, 1)
+    graph = traced(fn, index, factor)
+    changed = read_off_sums(graph)
+    assert (sums(graph), sums(changed)) == (2, 0)
+    (ours,), (whole,) = (run_graph(g, [index, factor]) for g in (changed, graph))
+    assert torch.equal(ours, whole)

@@ -52,6 +52,13 @@ def twice_biased(x: Tensor, up: Tensor, gate: Tensor, down: Tensor, bias: Tensor
     return F.linear(wide, down.t(), bias) + F.linear(wide.square(), down.t(), bias)
 
 
+def in_another_order(x: Tensor, up: Tensor, gate: Tensor, down: Tensor, bias: Tensor) -> Tensor:
+    """What two sums make is added up in their own order."""
+    wide = F.gelu(x @ up)
+    one = wide @ down + wide.square() @ down
+    return one + (wide.sin() @ down + wide.cos() @ down)
+
+
 Model = Callable[..., Tensor]
 # the model; the products of the forward's result, and of the input's gradient
 CASES: list[tuple[Model, list[int], list[int]]] = [
@@ -60,7 +67,7 @@ CASES: list[tuple[Model, list[int], list[int]]] = [
     (biased, [3], [2]),
     (two_sums, [3, 2], [2, 2]),
 ]
-COPIED = [doubled, twice_biased]
+COPIED = [doubled, twice_biased, in_another_order]
 
 
 def terms(recorder: Recorder) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -10,7 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Graph
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -19,6 +20,10 @@ from passes import plan
 from passes.copies import copy_graph
 from passes.liveness import REMADE, analyze_liveness, saved_beside_sources, saved_values
 from passes.remade import make_again
+from tests.models import (
+    compile_mst,
+    fresh_compiler,  # noqa: F401  (an autouse fixture)
+)
 from tests.passes.graphs import Recorder, assert_close, compiled, gradients_of
 
 ROWS, HIDDEN, WIDE = 512, 32, 256
@@ -90,7 +95,7 @@ def test_made_again(fn: Callable[..., Tensor], widths: tuple[int, ...]) -> None:
     before, after = ({n.name for n in saved_values(g)} for g in (graph, marked))
     assert after < before
     assert before - after == {n.name for n in found}
-    assert not saved_beside_sources(marked)
+    assert not saved_beside_sources(marked)[0]
 
 
 def of_what_is_not_saved(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
@@ -118,7 +123,7 @@ def long(x: Tensor, w: Tensor) -> Tensor:
     ids=lambda one: getattr(one, "__name__", None),
 )
 def test_kept(fn: Callable[..., Tensor], widths: tuple[int, ...]) -> None:
-    assert not saved_beside_sources(joint(fn, *inputs(*widths)))
+    assert not saved_beside_sources(joint(fn, *inputs(*widths)))[0]
 
 
 def test_outputs_are_there_anyhow() -> None:
@@ -126,7 +131,7 @@ def test_outputs_are_there_anyhow() -> None:
         made = root_mean_square(x)
         return (made @ w).square().sum(), made.view(-1)
 
-    assert not saved_beside_sources(joint(fn, *inputs(HIDDEN, HIDDEN)))  # type: ignore[arg-type]
+    assert not saved_beside_sources(joint(fn, *inputs(HIDDEN, HIDDEN)))[0]  # type: ignore[arg-type]
 
 
 def test_small_values_are_kept() -> None:
@@ -136,12 +141,12 @@ def test_small_values_are_kept() -> None:
 
     made = inputs(HIDDEN, HIDDEN, WIDE)
     made[2] = torch.randn(HIDDEN, WIDE, requires_grad=True)
-    assert not saved_beside_sources(joint(fn, *made))
+    assert not saved_beside_sources(joint(fn, *made))[0]
 
 
 def test_the_users_checkpointing_has_decided() -> None:
     graph, _ = copy_graph(joint(normed, *inputs(HIDDEN, HIDDEN)))
-    (node,) = saved_beside_sources(graph)
+    ((node,), _) = saved_beside_sources(graph)
     node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     make_again(graph)
     assert node.meta["recompute"] is CheckpointPolicy.MUST_SAVE
@@ -220,3 +225,87 @@ def test_the_peak_falls() -> None:
     with saving_all():
         before = peak()
     assert peak() < before
+
+
+class Scaled(nn.Module):
+    """What its products read is made of a buffer, in some way."""
+
+    def __init__(self, how: Callable[[Tensor], Tensor], *, writes: bool) -> None:
+        super().__init__()
+        self.mixing, self.up = nn.Linear(16, 16), nn.Linear(16, 128)
+        self.down = nn.Linear(128, 16)
+        self.register_buffer("scale", torch.linspace(0.5, 1.5, 16))
+        self.how, self.writes = how, writes
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.mixing((x + 1) * self.how(self.scale)))
+        result = self.down(F.gelu(self.up(hidden)))
+        if self.writes:
+            self.scale.mul_(3)
+        return result.square().mean()
+
+
+WAYS: list[Callable[[Tensor], Tensor]] = [
+    lambda scale: scale,
+    lambda scale: scale.roll(1),
+    lambda scale: scale[None][torch.zeros(1, dtype=torch.int64)],
+    lambda scale: scale.as_strided((16,), (1,)),
+    lambda scale: scale.unfold(0, 16, 1)[0],
+    lambda scale: torch.stack([scale, scale]).mean(0),
+    lambda scale: scale.sort().values,
+]
+
+
+@pytest.mark.parametrize("writes", [True, False], ids=["written inside", "written by the caller"])
+@pytest.mark.parametrize("how", range(len(WAYS)))
+def test_buffers_that_change_before_the_backward(how: int, writes: bool) -> None:
+    def step(module: Scaled, call: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        loss = call(x)
+        if not writes:
+            with torch.no_grad():
+                module.scale.mul_(3)
+        loss.backward()
+        return [p.grad for p in module.parameters() if p.grad is not None]
+
+    torch.manual_seed(0)
+    x = torch.randn(64, 16)
+    eager = Scaled(WAYS[how], writes=writes).double()
+    ours = copy.deepcopy(eager)
+    x = x.double()
+    wanted = step(eager, eager)
+    assert_close(step(ours, compile_mst(ours)), wanted)
+
+
+def test_two_views_of_one_buffer_of_which_one_is_written() -> None:
+    def model(x: Tensor, one: Tensor, other: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        hidden = torch.tanh((x * one) @ w)
+        other.mul_(3)
+        return (F.gelu(hidden @ up) @ down).square().mean()
+
+    shapes = ((16, 16), (16, 128), (128, 16))
+    torch.manual_seed(0)
+    weights = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    x = torch.randn(64, 16, dtype=torch.float64)
+
+    def step(call: Callable[..., Tensor]) -> list[Tensor]:
+        base = torch.linspace(0.5, 1.5, 32, dtype=torch.float64)
+        return list(torch.autograd.grad(call(x, base[:16], base[8:24], *weights), weights))
+
+    wanted = step(model)
+    assert_close(step(compile_mst(model)), wanted)
+
+
+def test_weights_that_are_cast_are_cast_again() -> None:
+    """Under autocast: what is trained is there in the backward, a frozen weight may not be."""
+
+    def marked(*, frozen: bool) -> int:
+        made = inputs(HIDDEN, HIDDEN)
+        made[1].requires_grad_(not frozen)
+        graph, _ = copy_graph(joint(normed_in_bfloat16, *made))
+        make_again(graph)
+        return sum(
+            REMADE in n.meta and n.all_input_nodes[0].op == "placeholder" for n in graph.nodes
+        )
+
+    assert marked(frozen=False) == 1
+    assert marked(frozen=True) == 0
