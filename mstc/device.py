@@ -9,7 +9,7 @@ from torch.fx import Graph
 from passes.cost import Machine
 
 MIN_ROWS = {"cpu": 256, "cuda": 2048}  # below these, matrix products slow down
-FEWER_ROWS = 128  # on a CPU in float32: they slow down by a tenth (docs/peers.md has heads of both)
+FEWER_ROWS = 128  # on a CPU in float32, where memory is worth it (heads in docs/peers.md have them)
 # Fitted to 47 architectures in four settings each, on one machine (docs/tradeoff.md).
 CPU_IN_FLOAT32 = Machine(written=24, reread=8, near_nbytes=16 * 2**20)
 

@@ -73,10 +73,9 @@ class Output:
     order: tuple[int, ...]  # dims from outermost to innermost in memory
     slicing: Slicing | None
     in_groups: bool  # whether a sum over very many chunks gains from two steps
-    terms: tuple[
-        int, ...
-    ]  # matrix products that the loop makes for it: how many values of the body
-    # each takes; () where the body makes the value
+    # Of every matrix product that the loop makes for it, how many values of the body it takes; ()
+    # where the body makes the value.
+    terms: tuple[int, ...]
 
     def shape(self, sizes: Sequence[Any]) -> list[Any]:
         return [
