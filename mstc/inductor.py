@@ -70,7 +70,10 @@ from torch.fx.graph import _BoxedCodeGen  # frees dead intermediates
 from torch.torch_version import TorchVersion  # compares like a version
 
 from mstc.emission import emit
+from mstc.inplace import in_place
 from mstc.repairs import mend
+from mstc.runtime.gather import gather_op
+from passes.gathers import gather_from_products
 
 __all__ = [
     "AfterPartition",
@@ -330,10 +333,14 @@ def compile_body(
         V.set_fake_mode(mode),
         inductor_config.patch(dict(config)),
         hide_autocast(),
+        in_place(),
         _use_lazy_graph_module(True),  # as under Dynamo: compiled ahead or late, one cache entry
     ):
         with mode:
             graph = make_fx(call, _STRETCHED if open_sizes else None)(*arguments)
+        if any(t.device.type != "cpu" for t in tensors):  # where the code for CPUs gathers is early
+            graph.graph = gather_from_products(graph.graph, gather_op)
+            graph.recompile()
         _ask_for_no_layout(graph)
         if build:
             with _simplified_if_new(graph):

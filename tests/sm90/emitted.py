@@ -55,12 +55,12 @@ class Emitted:
         return Counter(m[1] or m[2] for m in found if m)
 
     @property
-    def largest_buffer(self) -> int:
-        """Values of the largest buffer that it allocates."""
+    def buffers(self) -> list[int]:
+        """Values of every buffer that it allocates, the largest first."""
         sizes = (
             [int(s) for s in m[1].split(",") if s.strip()] for m in _BUFFER.finditer(self.text)
         )
-        return max(map(prod, sizes), default=0)
+        return sorted(map(prod, sizes), reverse=True)
 
 
 @contextmanager

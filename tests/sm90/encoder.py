@@ -37,7 +37,7 @@ def main() -> None:
     result = [
         {
             "role": module.role,
-            "largest_buffer": module.largest_buffer,
+            "buffers": module.buffers,
             # strides of the masks that attention reads
             "strides": [
                 re.findall(rf"{re.escape(_SHAPE)}, (\([^)]*\))", line)

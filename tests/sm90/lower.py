@@ -10,10 +10,12 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensorMode
 
 import mstc
 from mstc.errors import BodyCompilationWarning, FallbackWarning
 from mstc.runtime.loop import counters
+from tests.mstc import test_inplace as inplace
 from tests.sm90 import device
 from tests.sm90.emitted import Emitted, Stopped, collected, stop
 from tests.sm90.llama import LARGE, on_gpu
@@ -37,8 +39,16 @@ def main() -> None:
         "bodies": counters.bodies_compiled,
         "loops": [dataclasses.asdict(loop) for loop in graph.loops],
         "deferred": found.deferred,
+        "in_place": _in_place(),
     }
     print(json.dumps(result))
+
+
+def _in_place() -> dict[str, int]:
+    """Bodies that write over their operands, by name: how many buffers they have."""
+    with FakeTensorMode():
+        tensors = [t.to("cuda") for t in inplace.inputs()]
+    return {body.__name__: inplace.buffers(body, tensors) for body in inplace.BODIES}
 
 
 # of a kernel's text: a whole row of a chunk's logits, read or written
@@ -51,7 +61,7 @@ def _described(one: Emitted) -> dict[str, Any]:
         "role": one.role,
         "kernels": len(one.kernels),
         "libraries": one.libraries,
-        "largest_buffer": one.largest_buffer,
+        "buffers": one.buffers,
         "logits": sorted(_LOGITS.findall(one.text)),
         "built": len({b.metadata.name for b in built if b.asm["cubin"]}),
         "targets": sorted({b.metadata.target.arch for b in built}),
