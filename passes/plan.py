@@ -43,6 +43,7 @@ from passes import rules
 from passes.axes import Axes
 from passes.body import Body, BodyError
 from passes.chunk import ChunkedGraph, UnorderedLoops, chunk_graph, mutated_inputs
+from passes.chunks import body_bytes, even_chunk, largest_chunk, rows_per_position
 from passes.cost import Loop, Machine, Work, flops, work_of
 from passes.liveness import analyze_liveness, saved_values, tangent_nodes
 from passes.modes import Bodies, gradient_in_forward, recompute
@@ -58,7 +59,7 @@ from passes.records import (
     Rewrite,
 )
 from passes.remade import make_again
-from passes.source import hint, nbytes, op_name, source_of
+from passes.source import nbytes, op_name, source_of
 
 TRANSIENT_SHARE = 0.10  # of the peak that stays, how much a chunk may add
 DOMINANT = 0.5  # of the peak that stays: a chunk that adds more has fewer rows than is fast
@@ -109,14 +110,6 @@ def _storage(node: Node) -> Node:
     return node
 
 
-def _rows_per_position(region: Region) -> int:
-    """Rows of the seed's matrix for one position of the loop axis."""
-    value = region.seed.meta["val"]
-    columns = hint(value.shape[-1]) or 1 if value.dim() else 1
-    total = nbytes(value) // value.element_size()
-    return max(1, total // max(1, columns) // region.length)
-
-
 def _kind(region: Region) -> object:
     """What equal layers have in common."""
     seed = region.seed
@@ -134,27 +127,6 @@ def matching(region: Region, fixed: Sequence[FixedLoop]) -> FixedLoop | None:
         return both, one.axis_length == region.length
 
     return max(found, key=likeness, default=None)
-
-
-def even_chunk(length: int, wanted: int, least: int) -> int:
-    """A chunk of about `wanted` positions, at least `least`: the divisor of `length` nearest to it
-    within a factor of two, so that all chunks are equal and one compiled body serves them; else
-    chunks as equal as can be."""
-    divisors = [length // n for n in range(1, length // max(1, wanted // 2) + 1) if length % n == 0]
-    near = [d for d in divisors if d >= least and wanted <= 2 * d and d <= 2 * wanted]
-    if near:
-        return min(near, key=lambda d: (max(d / wanted, wanted / d), d))
-    return math.ceil(length / max(1, math.ceil(length / wanted)))
-
-
-def largest_chunk(length: int, most: int, least: int) -> int:
-    """The largest chunk of at most `most` positions (at least `least`), or up to half as large if
-    that divides `length`."""
-    most = min(length, max(most, least, 1))
-    for chunk in range(most, max(most // 2, least - 1), -1):
-        if length % chunk == 0:
-            return chunk
-    return math.ceil(length / math.ceil(length / most))
 
 
 def left_alone(planned: Planned, reason: str) -> Planned:
@@ -524,7 +496,7 @@ class _Planner:
         if self.options.chunk_rows is None:
             return None
         region = plan.region
-        chunk = max(1, self.options.chunk_rows // _rows_per_position(region))
+        chunk = max(1, self.options.chunk_rows // rows_per_position(region))
         return _sized(plan, min(region.length, chunk))
 
     def least(self, plan: LoopPlan, bodies: Bodies, min_rows: int | None = None) -> int:
@@ -534,7 +506,7 @@ class _Planner:
             (self.body_bytes(b, region) / region.length for b in bodies.all), default=1
         )
         small = SMALL * self.options.min_peak_bytes / max(1, per_position)
-        rows = (min_rows or self.options.min_rows) // _rows_per_position(region)
+        rows = (min_rows or self.options.min_rows) // rows_per_position(region)
         return max(1, rows // divisor, min(round(small / divisor), region.length))
 
     def rewrite(self, chosen: dict[LoopPlan, Bodies]) -> ChunkedGraph:
@@ -575,33 +547,6 @@ class _Planner:
         if key not in self.known_bytes:
             self.known_bytes[key] = body_bytes(body)
         return self.known_bytes[key]
-
-
-def body_bytes(body: Body) -> int:
-    """Bytes that a body needs for the whole axis at once, its inputs not counted; a chunk needs its
-    share."""
-    members = set(body.nodes)
-    graph = Graph()
-    map_: dict[Node, Node] = {}
-
-    def look(node: Node) -> Node:
-        if node not in map_:
-            stand_in = graph.placeholder(node.name)
-            stand_in.meta = dict(node.meta)
-            map_[node] = stand_in
-        return map_[node]
-
-    for node in body.inputs:
-        look(node)
-    for node in body.nodes:
-        for i in node.all_input_nodes:
-            if i not in members:
-                look(i)  # the sizes of views
-    for node in body.nodes:
-        map_[node] = graph.node_copy(node, look)
-    results = [i for o in body.outputs for i in o.leaving if o.kind != "sum"]
-    graph.output(tuple(look(r) for r in results))
-    return analyze_liveness(graph).peak_bytes
 
 
 def make_plan(

@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from passes import rules
-from passes.plan import MIN_GAIN, SMALL, even_chunk
+from passes.chunks import even_chunk
+from passes.plan import MIN_GAIN, SMALL
 from passes.source import op_name
 from tests.passes.graphs import Recorder, assert_close, compiled, gradients_of
 
