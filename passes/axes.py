@@ -76,6 +76,21 @@ def as_size(size: object) -> Size:
     return size
 
 
+def shape_of(node: object) -> list[Size] | None:
+    """The sizes of a node's tensor; None for whatever has none."""
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return [as_size(s) for s in value.shape] if isinstance(value, torch.Tensor) else None
+
+
+def dims_kept(before: Sequence[Size], after: Sequence[Size]) -> dict[int, int] | None:
+    """Of a reshape that adds and drops dims of size one: for every other dim, which one of the
+    result it is; None for any other reshape."""
+    old, new = ([d for d, size in enumerate(shape) if size != 1] for shape in (before, after))
+    if [before[d] for d in old] != [after[d] for d in new]:
+        return None
+    return dict(zip(old, new, strict=True))
+
+
 def size_product(sizes: Iterable[Size]) -> Size:
     total: Size = 1
     for size in sizes:

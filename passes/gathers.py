@@ -22,7 +22,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import Argument, map_arg
 
 from passes import rules
-from passes.axes import as_size
+from passes.axes import shape_of
 from passes.copies import call_like, copy_graph
 from passes.rules.arguments import dim_of
 from passes.source import packet_of
@@ -34,11 +34,6 @@ _PRODUCTS = (aten.mm.default, aten.addmm.default)
 _MANY = 16  # ops between the product and the gather; more are not worth doing twice
 
 
-def _shape(node: object) -> list[object] | None:
-    value = node.meta.get("val") if isinstance(node, Node) else None
-    return [as_size(s) for s in value.shape] if isinstance(value, torch.Tensor) else None
-
-
 def _of_gather(node: Node) -> tuple[Node, Node] | None:
     """What a gather of one entry per row reads, and by which index."""
     if node.target is not aten.gather.default:
@@ -46,26 +41,26 @@ def _of_gather(node: Node) -> tuple[Node, Node] | None:
     value, _, index = node.args[:3]
     assert isinstance(value, Node)
     assert isinstance(index, Node)
-    whole = _shape(value)
+    whole = shape_of(value)
     if not whole or dim_of(node, len(whole)) != len(whole) - 1:
         return None
-    return (value, index) if _shape(index) == [*whole[:-1], 1] else None
+    return (value, index) if shape_of(index) == [*whole[:-1], 1] else None
 
 
 def _operands(node: Node) -> dict[Node, bool] | None:
     """What a pointwise op (or a view of rows) reads, and of each whether it has the columns; None
     for any other op, and where an operand is neither as large, nor one per row, nor one value."""
-    own = _shape(node)
+    own = shape_of(node)
     if own is None or node.op != "call_function":
         return None
     if packet_of(node) in _VIEWS:
         before = node.all_input_nodes[0]
-        return {before: True} if (_shape(before) or [None])[-1:] == own[-1:] else None
+        return {before: True} if (shape_of(before) or [None])[-1:] == own[-1:] else None
     if not rules.is_pointwise(node):
         return None
     found: dict[Node, bool] = {}
     for operand in node.all_input_nodes:
-        shape = _shape(operand)
+        shape = shape_of(operand)
         if shape is None or shape not in ([], own, [*own[:-1], 1]):
             return None
         found[operand] = shape == own
@@ -107,7 +102,7 @@ class _Rows:
 
     def flat(self, node: Node) -> Node:
         """One per row as a column."""
-        if len(_shape(node) or ()) in (0, 2):
+        if len(shape_of(node) or ()) in (0, 2):
             return node
         return call_like(self.graph, node, aten.reshape.default, (node, [-1, 1]), {})
 
@@ -139,7 +134,7 @@ def gather_from_products(graph: Graph, gather: Callable[..., torch.Tensor]) -> G
     for node in graph.nodes:
         read = _of_gather(node)
         between = None if read is None else _between(read[0])
-        shape = _shape(node) or []
+        shape = shape_of(node) or []
         known = len(shape) == 2 or all(isinstance(size, int) for size in shape)
         if between is not None and known:
             wanted[node] = between
@@ -154,7 +149,7 @@ def gather_from_products(graph: Graph, gather: Callable[..., torch.Tensor]) -> G
             for one in between:
                 rows.write(copied[one])
             made: Node = rows.made[copied[between[-1]]]
-            if len(shape := _shape(node) or []) != 2:
+            if len(shape := shape_of(node) or []) != 2:
                 sizes: list[Argument] = [size for size in shape if isinstance(size, int)]
                 made = call_like(new, node, aten.reshape.default, (made, sizes), {})
         copied[node].replace_all_uses_with(made)

@@ -29,7 +29,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
-from passes.axes import as_size
+from passes.axes import dims_kept, shape_of
 from passes.copies import call_like, copy_graph
 from passes.rules.arguments import argument, dim_of
 from passes.source import packet_of
@@ -60,19 +60,14 @@ class _OneHot:
     steps: tuple[_Step, ...] = ()  # since, in order
 
 
-def _shape(node: object) -> list[object] | None:
-    value = node.meta.get("val") if isinstance(node, Node) else None
-    return [as_size(s) for s in value.shape] if isinstance(value, torch.Tensor) else None
-
-
 def _rank(node: object) -> int:
-    return len(_shape(node) or ())
+    return len(shape_of(node) or ())
 
 
 def _is_one_per_row(operand: object, node: Node, dim: int) -> bool:
     """Whether `operand` has the shape of `node` (dims of size one may be missing in front), but
     size one at `dim`."""
-    whole, own = _shape(node), _shape(operand)
+    whole, own = shape_of(node), shape_of(operand)
     if whole is None or own is None:
         return False
     whole[dim] = 1
@@ -102,18 +97,16 @@ def _is_one_hot_scatter(node: Node, dim: int) -> bool:
 def _dim_before(node: Node, dim: int) -> int | None:
     """Which dim of its operand a dim of a reshape's result is, where all that comes and goes is
     dims of size one; None where it is not."""
-    before, after = _shape(node.all_input_nodes[0]), _shape(node)
+    before, after = shape_of(node.all_input_nodes[0]), shape_of(node)
     assert before is not None
     assert after is not None
-    larger = [[d for d, size in enumerate(shape) if size != 1] for shape in (before, after)]
-    if [before[d] for d in larger[0]] != [after[d] for d in larger[1]] or dim not in larger[1]:
-        return None
-    return larger[0][larger[1].index(dim)]
+    kept = dims_kept(before, after) or {}
+    return next((old for old, new in kept.items() if new == dim), None)
 
 
 def _one_hot(node: Node, dim: int) -> _OneHot | None:
     """How a value that is one-hot along `dim` was made; None for any other."""
-    if node.op != "call_function" or _shape(node) is None:
+    if node.op != "call_function" or shape_of(node) is None:
         return None
     if _is_one_hot_scatter(node, dim):
         return _OneHot(node)
@@ -127,7 +120,7 @@ def _one_hot(node: Node, dim: int) -> _OneHot | None:
         operand, factor = node.all_input_nodes
         if not _is_one_per_row(factor, node, dim):
             operand, factor = factor, operand
-        if not _is_one_per_row(factor, node, dim) or _shape(operand) != _shape(node):
+        if not _is_one_per_row(factor, node, dim) or shape_of(operand) != shape_of(node):
             return None
         step, made = _Step(node, dim, factor), _one_hot(operand, dim)
     else:

@@ -32,7 +32,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
 from passes import rules
-from passes.axes import as_size
+from passes.axes import as_size, dims_kept, shape_of
 from passes.causal import attention_mask, set_mask
 from passes.copies import call_like, copy_graph
 from passes.positions import Prover
@@ -71,12 +71,11 @@ def _places(operand: Node, node: Node) -> dict[int, int] | None:
     if rules.is_pointwise(node) or packet in shape.SIZE_ARGUMENT:  # aligned from the right
         lead = node.meta["val"].dim() - operand.meta["val"].dim()
         return {dim: dim + lead for dim in larger}
-    if packet in _RESHAPES:  # dims of size one that come and go
-        after = _larger_than_one(node)
-        sizes = [as_size(operand.meta["val"].shape[dim]) for dim in larger]
-        if sizes != [as_size(node.meta["val"].shape[dim]) for dim in after]:
-            return None
-        return dict(zip(larger, after, strict=True))
+    if packet in _RESHAPES:
+        before, after = shape_of(operand), shape_of(node)
+        assert before is not None
+        assert after is not None
+        return dims_kept(before, after)
     if packet is aten.permute:
         order = argument(node, "dims")
         assert isinstance(order, (list, tuple))
