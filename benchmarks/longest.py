@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -31,6 +32,7 @@ CONFIG = measure.ROOT / "benchmarks" / "configs" / "llama3-8b.json"
 RESULTS = measure.ROOT / "benchmarks" / "results" / "longest-llama3-8b.json"
 PAGE = measure.ROOT / "docs" / "fit.md"
 README = measure.ROOT / "README.md"
+ON_A_GPU = RESULTS.with_name("longest-sm90.json")  # made by tests/sm90/longest.py
 _MEMORY = "80GiB"
 _EXPLAINED = (65_536, 524_288)  # tokens
 
@@ -118,7 +120,25 @@ def page(results: dict[str, Any]) -> str:
         rows=fit.CHUNK_ROWS,
         table=table(header, lines),
         where=f"{results['device']}; {versions}; {results['date']}; commit {results['commit']}",
+        on_a_gpu=_on_a_gpu(json.loads(ON_A_GPU.read_text())),
     )
+
+
+def _on_a_gpu(found: dict[str, Any]) -> str:
+    """What is known of the code for a GPU, in a sentence or two."""
+    step, weights, host = (size(found[key]) for key in ("step", "weights", "on_the_host"))
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    budget = f'`options={{"memory_budget": "{size(found["budget"])}"}}`'
+    text = (
+        f"The same model, {found['layers']} layers, in the code that Inductor writes for a GPU,"
+        f" with {budget} (what the weights leave of a card of 80 GB): {found['tokens']:,} tokens,"
+        f" a step of {step}, gradients of {size(found['gradients'])} included, beside weights of"
+        f" {weights}. Of what is saved for the backward {host} wait in the host's memory."
+        f" Simulated for an {found['simulated']} that is not there, by"
+        f" `python -m tests.sm90.longest` ({found['seconds']} s; {versions}; {found['date']}): what"
+        " kernels of libraries take while they run is not in it, nor how long the copies take."
+    )
+    return textwrap.fill(text, 100, break_on_hyphens=False, break_long_words=False)
 
 
 def summary(results: dict[str, Any]) -> str:
@@ -143,7 +163,8 @@ What is in it, and what is not:
 * *weights*: bfloat16. No optimizer state: with momentum or Adam a card of 80 GiB has room for less
   (`mstc fit --optimizer adamw`: AdamW's two states in bfloat16 are {states}), or they live
   elsewhere.
-* No offloading, in any row: what is saved for the backward stays on the card.
+* No offloading, in any row: what is saved for the backward stays on the card (further below it
+  does not).
 * Code as Inductor writes it for a CPU. There keys and values are repeated for every head and saved
   so; attention kernels of a GPU may take them as they are. transformers' causal mask of tokens x
   tokens stands in the first two rows ({mask} at {longest:,} tokens); mst proves that it is causal
@@ -159,6 +180,12 @@ What is in it, and what is not:
 layers and both steps, in two processes on two cores.
 
 {explained}
+
+## On a GPU, with what is saved on the host
+
+{on_a_gpu}
+
+## The paper's figures
 
 The Mini-Sequence Transformer (Luo et al., NeurIPS 2024, arXiv 2407.15892) reports 60,000 tokens of
 Llama-3-8B on one card of 80 GB, 12 times what training without it reaches and 4 times what

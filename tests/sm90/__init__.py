@@ -6,6 +6,7 @@ PyTorch and Triton take the process to have an H100 (`device`); so each of these
     simulate  the memory of the same step, ours and Inductor's.
     graphs    two steps, and whether CUDA graphs could be made of them, loops included.
     offload   a budget that is met only where saved values go to the host.
+    longest   Llama-3-8B with 262,144 tokens in 80 GB, by offload; minutes, so no test starts it.
     train     the step of a tiny one, run by Triton's interpreter (`interpreter`), and gradients.
 
 What remains for a real GPU: speed, memory of kernels while they run, what cuBLAS and the attention
