@@ -18,6 +18,7 @@ from mstc.report import Report, fall_back
 from passes.offload import offload_saved_values
 from passes.shared import share_equal_runs
 
+_CHECKPOINTED = "ac_graph_id"  # in the meta of an op inside `torch.utils.checkpoint`
 log = logging.getLogger(__name__)
 
 
@@ -73,11 +74,21 @@ def _offload(report: Report) -> AfterPartition:
     return rewrite
 
 
+def _computes_again(backward: GraphModule) -> bool:
+    """Whether it has ops of layers that the user has checkpointed, as Dynamo has marked them."""
+    return any(_CHECKPOINTED in node.meta for node in backward.graph.nodes)
+
+
 def _share(report: Report) -> AfterPartition:
-    """Has equal layers share compiled code."""
+    """Has equal layers share compiled code.
+
+    Not where checkpointed layers are computed again: a value that is made before a loop and read
+    after it is then made where it is read, which what is compiled apart cannot do. It was five
+    values of tokens x hidden at the peak.
+    """
 
     def rewrite(forward: GraphModule, backward: GraphModule, num_outputs: int) -> None:
-        for graph in (forward, backward):
+        for graph in (forward,) if _computes_again(backward) else (forward, backward):
             try:
                 shared = share_equal_runs(graph)
             except Exception as error:  # a mistake of ours must not cost the user the run

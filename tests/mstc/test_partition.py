@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor import metrics
 from torch._inductor.codecache import PyCodeCache
+from torch.utils.checkpoint import checkpoint
 
 import mstc
 from mstc import partition
@@ -135,6 +136,33 @@ def test_more_layers_have_no_more_kernels(monkeypatch: pytest.MonkeyPatch) -> No
     apart, every = _lowered(8)
     assert every > 2 * more
     assert peak < 1.01 * apart
+
+
+class Checkpointed(Transformer):
+    def hidden(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x
+
+
+def test_checkpointed_layers_take_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their backward is compiled as one: apart, what is read after a loop would wait for it."""
+
+    def peak() -> int:
+        torch._dynamo.reset()
+        return mstc.simulate_step(Checkpointed(6), *lm_batch(2, 35), options=OPTIONS).peak_nbytes
+
+    found: list[int] = []
+    share = partition.share_equal_runs
+    monkeypatch.setattr(
+        partition, "share_equal_runs", lambda graph: found.append(share(graph)) or found[-1]
+    )
+    shared = peak()
+    assert len(found) == 1, "the forward"
+    assert found[0] > 0
+    monkeypatch.setattr(partition, "share_equal_runs", lambda graph: 0)
+    assert shared == peak()
 
 
 @pytest.mark.parametrize(
