@@ -73,7 +73,6 @@ from mstc.emission import emit
 from mstc.inplace import in_place
 from mstc.repairs import mend
 from mstc.runtime.gather import gather_op
-from passes.columns import keep_by_columns
 from passes.gathers import gather_from_products
 
 __all__ = [
@@ -339,11 +338,9 @@ def compile_body(
     ):
         with mode:
             graph = make_fx(call, _STRETCHED if open_sizes else None)(*arguments)
-        if all(t.device.type == "cpu" for t in tensors):
-            graph.graph = keep_by_columns(graph.graph)
-        else:  # the code for CPUs gathers early, too
+        if any(t.device.type != "cpu" for t in tensors):  # the code for CPUs gathers early, too
             graph.graph = gather_from_products(graph.graph, gather_op)
-        graph.recompile()
+            graph.recompile()
         _ask_for_no_layout(graph)
         if build:
             with _simplified_if_new(graph):
