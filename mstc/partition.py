@@ -83,8 +83,8 @@ def _share(report: Report) -> AfterPartition:
     """Has equal layers share compiled code.
 
     Not where checkpointed layers are computed again: a value that is made before a loop and read
-    after it is then made where it is read, which what is compiled apart cannot do. It was five
-    values of tokens x hidden at the peak.
+    after it is then made where it is read, which what is compiled apart cannot do: values of
+    tokens x hidden, at the peak.
     """
 
     def rewrite(forward: GraphModule, backward: GraphModule, num_outputs: int) -> None:
