@@ -65,4 +65,4 @@ def body_bytes(body: Body) -> int:
         map_[node] = graph.node_copy(node, look)
     results = [i for o in body.outputs for i in o.leaving if o.kind != "sum"]
     graph.output(tuple(look(r) for r in results))
-    return analyze_liveness(graph).peak_bytes
+    return analyze_liveness(graph, fused=True).peak_bytes

@@ -17,6 +17,9 @@ Algorithm
        min-cut, by a rule of thumb here), or if it is told to (`passes.remade`).
     4. A buffer lives from its maker to its last reader, which may write its result in place if it
        is pointwise; bytes are summed per step.
+    5. In a loop's body (`fused`), fused values of one size that read a buffer in common are made by
+       one kernel, when the first of them is needed; all may take the places of what it reads last
+       (`mstc.inplace`).
 
 The partitioner and Inductor's scheduler have the last word on both, so figures are estimates; tests
 hold them against measured peaks. Not handled: buffers that a kernel library allocates inside an op;
@@ -28,6 +31,7 @@ Source: `torch._functorch.partitioners.min_cut_rematerialization_partition`,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from itertools import accumulate
 
@@ -102,14 +106,17 @@ def is_fusible(node: Node) -> bool:
 
 
 class _Builder:
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, *, fused: bool = False) -> None:
         self.graph = graph
+        self.fused = fused
         self.order = {n: i for i, n in enumerate(graph.nodes)}
-        self.phase = phases(graph)
+        # a body has no forward and backward: it runs as one
+        self.phase = dict.fromkeys(graph.nodes, "forward") if fused else phases(graph)
         self.outputs = set(output_nodes(graph))
         self.uses: dict[
             tuple[Node, Phase], tuple[int, int]
         ] = {}  # (value, phase made) -> first, last step
+        self.kernel: dict[Node, Node] = {}  # of a body: fused value -> the first of its kernel
         self.saved: set[Node] = set()
 
     def root(self, node: Node) -> Node:
@@ -152,7 +159,8 @@ class _Builder:
         if node.op == "placeholder" or not isinstance(node.meta.get("val"), torch.Tensor):
             return
         made = self.phase[node] if (not is_fusible(node) or node in self.saved) else phase
-        born = self.order[node] if made == self.phase[node] else step
+        late = made != self.phase[node] or (self.fused and is_fusible(node))
+        born = step if late else self.order[node]
         first, last = self.uses.get((node, made), (born, born))
         self.uses[(node, made)] = (min(first, step, born), max(last, step))
 
@@ -205,9 +213,7 @@ class _Builder:
                 if not is_fusible(node):
                     self.touch(node, self.phase[node], step)
                     for operand in map(self.root, node.all_input_nodes):
-                        self.read(
-                            operand, self.phase[node], step, real=not rules.is_reduction(node)
-                        )
+                        self.read(operand, self.phase[node], step, real=self.reads_memory(node))
                 elif node in self.saved:
                     self.touch(node, "forward", step)
                     self.read(node, "forward", step, real=False)
@@ -218,7 +224,7 @@ class _Builder:
             root = self.root(node)
             if root.op != "placeholder":
                 phase = self.phase[root]
-                self.read(root, phase, self.order[root], real=True)
+                self.read(root, phase, last if self.fused else self.order[root], real=True)
                 self.touch(root, phase, last)
         return self.finish()
 
@@ -231,21 +237,65 @@ class _Builder:
         if value in self.saved and step != self.order[value]:
             self.touch(value, "forward", step)
             return
+        if self.fused and not real and (value, phase) in self.uses:
+            self.touch(value, phase, step)
+            return
         if real:
             made = (value, phase) in self.uses
+            beside = self.beside(value, phase, step) if self.fused and not made else []
             self.touch(value, phase, step)
             if made:
                 return  # read where it already is
             step = self.uses[(value, phase)][0]
+            for other in beside:
+                self.kernel[other] = self.kernel.setdefault(value, value)
+                self.read(other, phase, step, real=True)
         for source in self.sources(value, phase):
             self.touch(source, phase, step)
 
+    def beside(self, value: Node, phase: Phase, step: int) -> list[Node]:
+        """The fused values that the kernel of `value` makes as well."""
+        size, own = nbytes(value.meta["val"]), self.sources(value, phase)
+        return [
+            other
+            for other in self.real
+            if other is not value
+            and (other, phase) not in self.uses
+            and nbytes(other.meta["val"]) == size
+            and not own.isdisjoint(sources := self.sources(other, phase))
+            and all(s.op == "placeholder" or self.order[s] < step for s in sources)
+        ]
+
+    @functools.cached_property
+    def real(self) -> list[Node]:
+        """Fused values that have bytes, since not only a code generator reads them."""
+        return [
+            node
+            for node in self.graph.nodes
+            if is_fusible(node)
+            and (
+                node in self.outputs
+                or any(not is_fusible(r) and self.reads_memory(r) for r in self.readers(node))
+            )
+        ]
+
+    def reads_memory(self, node: Node) -> bool:
+        """Whether what a node that is not fusible reads must have bytes; the code of a reduction
+        computes it."""
+        computed = rules.is_reduction(node)
+        return not (computed or (self.fused and packet_of(node) is torch.ops.aten.gather))
+
     def reuse_in_place(self) -> None:
         """A pointwise result takes the place of an operand of its size that dies with it."""
-        for (node, phase), (first, _) in list(self.uses.items()):
-            if not is_fusible(node):
-                continue
-            for source in self.sources(node, phase):
+        read: dict[tuple[Node, Phase], set[Node]] = {}  # by a kernel
+        made = [(node, phase) for node, phase in self.uses if is_fusible(node)]
+        for node, phase in made:
+            kernel = self.kernel.get(node, node), phase
+            read.setdefault(kernel, set()).update(self.sources(node, phase))
+        for node, phase in made:
+            first, _ = self.uses[node, phase]
+            sources = read[self.kernel.get(node, node), phase]
+            for source in sorted(sources, key=self.order.__getitem__):
                 keys: list[tuple[Node, Phase]] = [(source, phase), (source, self.phase[source])]
                 key = next((k for k in keys if k in self.uses), None)
                 if key is None or source in self.outputs or source is node:
@@ -311,10 +361,11 @@ def saved_beside_sources(graph: Graph) -> tuple[list[Node], frozenset[Node]]:
     return found, frozenset(builder.saved)
 
 
-def analyze_liveness(graph: Graph) -> Liveness:
+def analyze_liveness(graph: Graph, *, fused: bool = False) -> Liveness:
     """Bytes alive at every step of a joint (or inference) graph.
 
     Args:
         graph: a functional aten graph with fake values in ``meta["val"]``.
+        fused: whether it is a loop's body, whose kernels write over what they read last.
     """
-    return _Builder(graph).run()
+    return _Builder(graph, fused=fused).run()

@@ -12,6 +12,8 @@ Algorithm
        nor below a `SMALL` share of the peak for which nothing would be done.
        The number of chunks is rounded so that chunks are equal where a divisor is near. In a deep
        model that may be one: what the layer makes is then small beside what all layers keep.
+       Sums over many chunks have second buffers (`passes.groups`); where chunks so large that these
+       go take no more memory, they are taken.
     5. Keep the plan only if the predicted peak falls by at least `MIN_GAIN`.
     6. Unless rows per chunk are asked for, loops of one kind along tokens run along an axis of
        weights instead (`loop_axes`), if the predicted peak falls by at least `AXIS_GAIN` more, in
@@ -45,6 +47,7 @@ from passes.body import Body, BodyError
 from passes.chunk import ChunkedGraph, UnorderedLoops, chunk_graph, mutated_inputs
 from passes.chunks import body_bytes, even_chunk, largest_chunk, rows_per_position
 from passes.cost import Loop, Machine, Work, flops, work_of
+from passes.groups import MANY
 from passes.liveness import analyze_liveness, saved_values, tangent_nodes
 from passes.modes import Bodies, gradient_in_forward, recompute
 from passes.records import (
@@ -65,7 +68,9 @@ TRANSIENT_SHARE = 0.10  # of the peak that stays, how much a chunk may add
 DOMINANT = 0.5  # of the peak that stays: a chunk that adds more has fewer rows than is fast
 MIN_GAIN = 0.05  # of the predicted peak, below which the graph is left alone
 WORTH_A_ROUND = 1.02  # of the lowest predicted peak, up to which a plan with fewer loops is better
-SMALL = 1 / 8  # of `min_peak_bytes`: a smaller chunk saves nothing that matters, and costs its call
+SMALL = (
+    1 / 16
+)  # of `min_peak_bytes`: a smaller chunk saves nothing that matters, and costs its call
 AXIS_GAIN = 1 / 8  # of the predicted peak, for another axis: as much as the estimate may be off by
 SLOWER = 1.05  # predicted times of two plans of one graph tell themselves apart from here on
 AT_PEAK = 0.02  # of the peak, below which a region counts as off it
@@ -462,7 +467,21 @@ class _Planner:
         wanted = max(least, int(TRANSIENT_SHARE * floor.peak_bytes / max(1, per_position)))
         if plan.region.along_weights:  # finer chunks take no longer there (docs/axes.md)
             return _sized(plan, largest_chunk(length, min(wanted, length), least))
-        return _sized(plan, even_chunk(length, min(wanted, length), least))
+        return self.without_groups(
+            _sized(plan, even_chunk(length, min(wanted, length), least)), bodies
+        )
+
+    def without_groups(self, plan: LoopPlan, bodies: Bodies) -> LoopPlan:
+        """As few chunks as need no second buffers of sums, where that takes no more memory."""
+        other = _sized(plan, math.ceil(plan.region.length / MANY))
+        if other.num_chunks >= plan.num_chunks:
+            return plan
+
+        def needed(one: LoopPlan) -> int:
+            second = max((b.groups_nbytes(one.num_chunks) for b in bodies.all), default=0)
+            return self.chunk_bytes(one, bodies) + second
+
+        return other if needed(other) <= needed(plan) else plan
 
     def least_of(
         self, plan: LoopPlan, bodies: Bodies, chunked: ChunkedGraph, floor: Liveness

@@ -352,8 +352,9 @@ def test_recompute_with_any_number_of_chunks(rows: int):
     # two sequences of eleven: along the batch where one is not much more than is asked for
     length, per_position = (2, 11) if rows >= 10 else (11, 2)
     chunks = -(-length // max(1, rows // per_position))
-    assert recorder.chunks == ([chunks] if chunks > 1 else [])
-    assert set(recorder.modes) <= {"recompute"}
+    # one chunk of everything is worth it, too: nothing inside is saved for the backward
+    assert recorder.chunks == [chunks]
+    assert recorder.modes == ["recompute"]
 
 
 @pytest.mark.parametrize("rows", [1, 4, 10, 11])

@@ -173,7 +173,7 @@ def few(tokens: int = 16, wide: int = 256, dtype: torch.dtype = torch.float64) -
     ("tokens", "wide", "dtype", "length"),
     [
         (16, 256, torch.float64, 256),
-        (19, 250, torch.float64, 250),
+        (13, 250, torch.float64, 250),
         (256, 128, torch.float64, 256),
         (64, 128, torch.bfloat16, 128),
         (64, 128, torch.float64, 64),
