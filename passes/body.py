@@ -4,7 +4,8 @@ Terms
     boundary input   a value from outside that the body reads: *split* (each chunk gets its slice)
                      or *whole*.
     prelude          cheap outside nodes that are computed again inside, because their inputs are a
-                     better boundary: views (so that the storage itself is passed), constants, small
+                     better boundary: views (so that the storage itself is passed), conversions to
+                     a wider type (what is passed, and saved, has the narrow one), constants, small
                      tangent-dependent values (so that a tangent enters as the scalar that it is
                      made from), and pointwise values that would only be kept for the loop while
                      what they are made from is kept anyhow (`passes.modes`).
@@ -46,6 +47,7 @@ _SINKABLE_VIEWS = {
     aten.detach,
     aten.expand,
 }
+_CONVERSIONS = {aten._to_copy, torch.ops.prims.convert_element_type}
 _NARROW = 64  # a prelude value is at least this many times smaller than the region's seed
 
 
@@ -134,6 +136,17 @@ def _is_passthrough(node: Node, axes: Axes) -> bool:
     return packet is aten.slice and axes.dims(node) == axes.dims(node.all_input_nodes[0])
 
 
+def _is_widening(node: Node) -> bool:
+    """A conversion to a wider type, of which a slice is made faster than it is read."""
+    if packet_of(node) not in _CONVERSIONS or len(node.all_input_nodes) != 1:
+        return False
+    values = [n.meta.get("val") for n in (*node.all_input_nodes, node)]
+    if not all(isinstance(v, torch.Tensor) for v in values):
+        return False
+    narrow, wide = (v.element_size() for v in values)
+    return narrow < wide
+
+
 def _accumulate(node: Node) -> torch.dtype:
     """The dtype in which a sum over chunks is added up."""
     dtype = node.meta["val"].dtype
@@ -201,6 +214,8 @@ class _BodyBuilder:
         packet = packet_of(node)
         if packet in _SINKABLE_VIEWS:
             return not any(self.axes.count(i, self.axis) > 1 for i in node.all_input_nodes)
+        if _is_widening(node):
+            return role == "parallel" and node.all_input_nodes[0] not in self.inside
         narrow = nbytes(node.meta.get("val")) <= self.narrow_bytes
         return node in self.tangent and narrow and rules.is_pointwise(node) and role == "parallel"
 

@@ -235,3 +235,21 @@ def test_nodes_of_other_regions_are_read_not_made_again():
     assert inner in sunk.inputs, "a view is made again inside"
     read = body_of(sketch.graph, axes, axis, [node], inside=mine, foreign=frozenset([inner, view]))
     assert view in read.inputs
+
+
+def test_a_wider_copy_is_made_inside():
+    """A norm in float32 reads a stream in bfloat16: that is what a loop is given, and keeps."""
+
+    def layer(x: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        stream = x @ w
+        wide = stream.float()
+        normed = (wide * wide.square().mean(-1, keepdim=True).rsqrt()).to(x.dtype)
+        return (stream + mlp(normed, up, down)).square().sum()
+
+    shapes = (11, 4), (4, 4), (4, 32), (32, 4)
+    inputs = [real(*s).bfloat16().requires_grad_() for s in shapes]
+    forward, backward = bodies(layer, *inputs)
+    for body in (forward, backward):
+        split = [n.meta["val"] for n in body.split_inputs if n.meta["val"].shape == (11, 4)]
+        assert split
+        assert all(value.dtype == torch.bfloat16 for value in split)

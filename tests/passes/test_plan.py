@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from passes import rules
 from passes.chunks import even_chunk
+from passes.groups import MANY
 from passes.plan import MIN_GAIN, SMALL
 from passes.source import op_name
 from tests.passes.graphs import Recorder, assert_close, compiled, gradients_of
@@ -184,6 +185,19 @@ def test_chunks_that_would_be_the_peak_have_fewer_rows():
     assert chunk(32) == least
     assert chunk(2**14, fewer_rows=fewer) >= least
     assert chunk(32, fewer_rows=fewer, tightness=1.0) == least, "a budget asks for what it needs"
+
+
+@pytest.mark.parametrize(("dtype", "num_chunks"), [(torch.float32, MANY), (torch.float64, 64)])
+def test_larger_chunks_instead_of_second_buffers(dtype: torch.dtype, num_chunks: int):
+    """Sums of many chunks in float32 have them; chunks twice as large take no more than these."""
+
+    def fn(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return (F.gelu(x @ up) @ down).square().sum()
+
+    shapes = (512, 8), (8, 64), (64, 8)
+    values = [torch.randn(*shape, dtype=dtype).requires_grad_() for shape in shapes]
+    (loop,) = plan(values, fn, min_rows=8).planned[0].plan.loops
+    assert loop.num_chunks == num_chunks
 
 
 def test_rows_are_tokens_of_all_sequences():
