@@ -23,9 +23,8 @@ class Sizes:
     layers: int
     heads: int  # twice as many as those of keys and values
 
-    def model(self, dtype: torch.dtype, device: str) -> nn.Module:
-        """With random weights."""
-        config = LlamaConfig(
+    def config(self) -> LlamaConfig:
+        return LlamaConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
             intermediate_size=self.wide,
@@ -35,13 +34,20 @@ class Sizes:
             max_position_embeddings=self.tokens,
             use_cache=False,
         )
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)  # of the parameters; frequencies are float32 in any case
-        try:
-            with torch.device(device):
-                return LlamaForCausalLM(config)
-        finally:
-            torch.set_default_dtype(default)
+
+    def model(self, dtype: torch.dtype, device: str) -> nn.Module:
+        """With random weights."""
+        return model_of(self.config(), dtype, device)
+
+
+def model_of(config: LlamaConfig, dtype: torch.dtype, device: str) -> nn.Module:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # of the parameters; frequencies are float32 in any case
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(default)
 
 
 LARGE = Sizes(16384, 16384, 256, 1024, layers=2, heads=4)
@@ -51,10 +57,17 @@ TINY = Sizes(40, 160, 32, 128, layers=1, heads=2)
 @contextmanager
 def on_gpu(sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
     """A model and a batch that are fake; the mode in which they are is on."""
+    with of_config_on_gpu(sizes.config(), sizes.tokens, dtype) as both:
+        yield both
+
+
+@contextmanager
+def of_config_on_gpu(
+    config: LlamaConfig, tokens: int, dtype: torch.dtype
+) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = sizes.model(dtype, "cuda")
-        ids = torch.zeros(1, sizes.tokens, dtype=torch.int64, device="cuda")
-        yield model, {"input_ids": ids, "labels": ids.clone()}
+        ids = torch.zeros(1, tokens, dtype=torch.int64, device="cuda")
+        yield model_of(config, dtype, "cuda"), {"input_ids": ids, "labels": ids.clone()}
 
 
 def by_name(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:

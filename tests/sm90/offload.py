@@ -58,7 +58,7 @@ def main() -> None:
 
 def _record(peaks: dict[str, int], modules: list[str], shares: list[tuple[int, int]]) -> None:
     """Write down what is found from here on: peaks of settings, modules, bytes that move."""
-    measure, load, offload = budget.graph_peak, emission._load, partition.offload_saved_values
+    measure, load = budget.graph_peak, emission._load
 
     def measured(graph: GraphModule, inputs: Any, options: Options, compile_: Any) -> int:
         peaks[str(options.setting)] = found = measure(graph, inputs, options, compile_)
@@ -69,13 +69,21 @@ def _record(peaks: dict[str, int], modules: list[str], shares: list[tuple[int, i
             modules.append(file.read())
         return load(path, constants)
 
+    budget.graph_peak = measured
+    emission._load = loaded
+    record_moves(shares)
+
+
+def record_moves(shares: list[tuple[int, int]]) -> None:
+    """Write down from here on, for every graph, how many bytes of saved values move to the host,
+    and how many stay."""
+    offload = partition.offload_saved_values
+
     def offloaded(*args: Any) -> Offloaded | None:
         found = offload(*args)
         shares.append((found.nbytes, found.stays) if found is not None else (0, 0))
         return found
 
-    budget.graph_peak = measured
-    emission._load = loaded
     partition.offload_saved_values = offloaded
 
 
