@@ -136,15 +136,16 @@ def _is_passthrough(node: Node, axes: Axes) -> bool:
     return packet is aten.slice and axes.dims(node) == axes.dims(node.all_input_nodes[0])
 
 
-def _is_widening(node: Node) -> bool:
+def is_widening(node: Node) -> bool:
     """A conversion to a wider type, of which a slice is made faster than it is read."""
     if packet_of(node) not in _CONVERSIONS or len(node.all_input_nodes) != 1:
         return False
     values = [n.meta.get("val") for n in (*node.all_input_nodes, node)]
     if not all(isinstance(v, torch.Tensor) for v in values):
         return False
-    narrow, wide = (v.element_size() for v in values)
-    return narrow < wide
+    narrow, wide = values
+    same = narrow.device == wide.device and narrow.layout == wide.layout
+    return same and narrow.element_size() < wide.element_size()
 
 
 def _accumulate(node: Node) -> torch.dtype:
@@ -214,7 +215,7 @@ class _BodyBuilder:
         packet = packet_of(node)
         if packet in _SINKABLE_VIEWS:
             return not any(self.axes.count(i, self.axis) > 1 for i in node.all_input_nodes)
-        if _is_widening(node):
+        if is_widening(node):
             return role == "parallel" and node.all_input_nodes[0] not in self.inside
         narrow = nbytes(node.meta.get("val")) <= self.narrow_bytes
         return node in self.tangent and narrow and rules.is_pointwise(node) and role == "parallel"

@@ -43,6 +43,7 @@ from passes.records import Buffer, Liveness, Phase
 from passes.source import nbytes, op_name, packet_of, source_of
 
 _NEGLIGIBLE = 32  # a source this many times smaller than the value is never worth a decision
+_MANY_REAL = 64  # values that a body keeps, beyond which it is not asked which kernels make them
 _LONG = 8  # values of its size that are computed on the way to one that is made again
 REMADE = "mst_remade"  # in a node's meta: it is made again in the backward (`passes.remade`)
 
@@ -255,6 +256,8 @@ class _Builder:
 
     def beside(self, value: Node, phase: Phase, step: int) -> list[Node]:
         """The fused values that the kernel of `value` makes as well."""
+        if len(self.real) > _MANY_REAL:
+            return []
         size, own = nbytes(value.meta["val"]), self.sources(value, phase)
         return [
             other

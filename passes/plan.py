@@ -43,7 +43,7 @@ from torch.fx import Graph, Node
 
 from passes import rules
 from passes.axes import Axes
-from passes.body import Body, BodyError
+from passes.body import Body, BodyError, is_widening
 from passes.chunk import ChunkedGraph, UnorderedLoops, chunk_graph, mutated_inputs
 from passes.chunks import body_bytes, even_chunk, largest_chunk, rows_per_position
 from passes.cost import Loop, Machine, Work, flops, work_of
@@ -113,6 +113,11 @@ def _storage(node: Node) -> Node:
     while node.op == "call_function" and rules.is_view(node) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
+
+
+def _leaves(node: Node) -> bool:
+    """Whether the graph returns a value, or a view of it."""
+    return any(u.op == "output" or (rules.is_view(u) and _leaves(u)) for u in node.users)
 
 
 def _kind(region: Region) -> object:
@@ -197,6 +202,12 @@ class _Planner:
         self.loop_op, self.lowering = loop_op, lowering
         self.tangent = tangent_nodes(self.graph)
         self.mutated = mutated_inputs(self.graph)
+        # wide copies that stay: what they are made of is written to, or they live on anyhow
+        self.kept_wide = frozenset(
+            n
+            for n in self.graph.nodes
+            if is_widening(n) and (_storage(n.all_input_nodes[0]) in self.mutated or _leaves(n))
+        )
         self.saved = saved_values(self.graph)
         self.known_bytes: dict[tuple[str, int], int] = {}
         self.prepared: dict[tuple[Region, Mode | None], tuple[LoopPlan, Bodies] | None] = {}
@@ -430,7 +441,7 @@ class _Planner:
     def written(self, region: Region, mode: Mode | None) -> tuple[LoopPlan, Bodies] | None:
         own = {r for r in self.regions if region in (r, r.instead)}
         others = (s for r in self.regions if r not in own for s in (r, r.instead) if s is not None)
-        foreign = frozenset(n for other in others for n in other.nodes)
+        foreign = frozenset(n for other in others for n in other.nodes) | self.kept_wide
         try:
             bodies = None
             if self.options.gradient_in_forward and mode != "recompute":
@@ -473,15 +484,19 @@ class _Planner:
 
     def without_groups(self, plan: LoopPlan, bodies: Bodies) -> LoopPlan:
         """As few chunks as need no second buffers of sums, where that takes no more memory."""
-        other = _sized(plan, math.ceil(plan.region.length / MANY))
-        if other.num_chunks >= plan.num_chunks:
+        length = plan.region.length
+        least = math.ceil(length / MANY)
+        if plan.chunk >= least:
             return plan
 
         def needed(one: LoopPlan) -> int:
             second = max((b.groups_nbytes(one.num_chunks) for b in bodies.all), default=0)
             return self.chunk_bytes(one, bodies) + second
 
-        return other if needed(other) <= needed(plan) else plan
+        equal = [c for c in range(least, min(2 * least, length) + 1) if length % c == 0][:1]
+        uneven = [] if length % plan.chunk == 0 else [least]  # its last chunk has its own body
+        fitting = (_sized(plan, c) for c in (*equal, *uneven))
+        return next((one for one in fitting if needed(one) <= needed(plan)), plan)
 
     def least_of(
         self, plan: LoopPlan, bodies: Bodies, chunked: ChunkedGraph, floor: Liveness

@@ -41,6 +41,7 @@ from mstc.runtime.record import (
     replay,
     undo_view,
 )
+from mstc.runtime.streams import Place, follow, place_of
 
 __all__ = ["Cell", "RecordedCell", "ViewCell", "sticky_cell"]
 
@@ -63,6 +64,7 @@ class Cell:
         self.frontier = frontier
         self.dtype = dtype
         self.made: torch.Tensor | None = None
+        self.place: Place | None = None  # where that was made
         self.changed: Stamped | None = None  # what an optimizer stepped on
         self.lock = threading.RLock()
         self._value: Value | None = None  # what it is in a record
@@ -75,7 +77,7 @@ class Cell:
     def of(values: torch.Tensor) -> Cell:
         """A cell whose values are there already."""
         cell = Cell(NO_RECIPE, (), values.dtype)
-        cell.made = values
+        cell.made, cell.place = values, place_of(values)
         return cell
 
     @property
@@ -91,6 +93,7 @@ class Cell:
                 assert made.dtype == self.dtype, "a closure's dtype differs from its output's"
                 self._set(made)
             assert self.made is not None
+            follow(self.place, self.made)
         return self.made
 
     def _make(self) -> torch.Tensor:
@@ -99,9 +102,12 @@ class Cell:
             return evaluate([self._value])[0]
         self.check()
         with unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad():
+            for stamped in self.frontier:
+                follow(stamped.place, stamped.tensor)
             return self.recipe.run([stamped.tensor for stamped in self.frontier])
 
     def _set(self, made: torch.Tensor) -> None:
+        self.place = place_of(made)  # first: others look at `made`
         self.made = made
         if self._value is not None and self._value.is_wide:
             self._kept = weakref.ref(self._value), made._version
@@ -112,7 +118,10 @@ class Cell:
         """The values, if they are still those of a value in a record."""
         if self.made is None or self._kept is None or self._kept[0]() is not value:
             return None
-        return self.made if self.made._version == self._kept[1] else None
+        if self.made._version != self._kept[1]:
+            return None
+        follow(self.place, self.made)
+        return self.made
 
     def keep(self, value: Value, made: torch.Tensor) -> None:
         """Take the values that were made for somebody else."""
@@ -218,7 +227,7 @@ def sticky_cell(tensor: torch.Tensor, widest: int, roots: frozenset[Root]) -> Ce
     if value is None:
         return None
     cell = RecordedCell(value)
-    cell.made, cell._is_sticky = tensor, True
+    cell.made, cell.place, cell._is_sticky = tensor, value.place, True
     return cell
 
 

@@ -77,6 +77,7 @@ from mstc.runtime.record import (
     record,
     replay,
 )
+from mstc.runtime.streams import Place, follow, place_of
 from passes.defer import DeferredOutput
 from passes.open import Opening
 
@@ -180,13 +181,16 @@ def _make(
 ) -> torch.Tensor:
     numbers: list[Any] = []
     frontier: list[Stamped] = []
+    places: dict[torch.device, Place | None] = {}
     must_compute = False
     for source in spec.frontier:
         value = (args if source.kind == "input" else outputs)[source.index]
         is_tensor = isinstance(value, torch.Tensor)
         numbers.append(None if is_tensor else value)
         if is_tensor:
-            frontier.append(stamped(value, source.name))
+            if value.device not in places:
+                places[value.device] = place_of(value)
+            frontier.append(stamped(value, source.name, places[value.device]))
             is_ours = source.kind == "output" and source.index >= num_kept
             must_compute |= value.is_inference() and not is_ours
     autocast = read_autocast(spec.device.type)
@@ -288,6 +292,8 @@ class DeferredTensor(torch.Tensor):
         if isinstance(first, DeferredTensor):
             if func is aten.detach.default:
                 return first._with_cell(first._cell)
+            if func is aten.record_stream.default and not first.is_materialized:
+                return None  # there is no memory yet, and whoever makes it is told (`streams`)
             if func is aten._to_copy.default and first._can_cast(**kwargs):
                 return first._with_cell(first._cell.cast(kwargs["dtype"]))
             if torch.Tag.inplace_view in getattr(func, "tags", ()):
@@ -378,6 +384,8 @@ class DeferredTensor(torch.Tensor):
             DeferredOutputError: they have changed in the meantime.
         """
         self._cell.check()
+        for s in self._cell.frontier:
+            follow(s.place, s.tensor)
         return [s.part if self.requires_grad else s.detached for s in self._cell.frontier]
 
     def pass_on(self) -> list[torch.Tensor]:
@@ -537,7 +545,11 @@ def _starts_memory(tensor: DeferredTensor, value: Any) -> bool:
 
 def _value_of(tensor: DeferredTensor) -> Value | torch.Tensor | None:
     cell = tensor._cell
-    return cell.expression() if cell.can_wait else cell.made if cell.is_there else None
+    if cell.can_wait:
+        return cell.expression()
+    if cell.made is not None:
+        follow(cell.place, cell.made)
+    return cell.made
 
 
 def _is_traced(tensors: Sequence[torch.Tensor]) -> bool:
@@ -643,7 +655,8 @@ def _small_gradients(
             graph = gradient_graph(recipe, plain, wanted, value.meta)
         if graph is None:
             return None
-        leaves = [frontier_leaf(stamped(t, ""), None, value.roots) for t in plain]
+        place = place_of(plain)
+        leaves = [frontier_leaf(stamped(t, "", place), None, value.roots) for t in plain]
         found = replay(graph, [value, *leaves])
     if found is None:
         return None

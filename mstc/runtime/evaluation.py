@@ -100,7 +100,7 @@ def evaluate(targets: Sequence[Value], *, backward: bool = False) -> list[torch.
             for root in roots:
                 root.evaluations += not backward
             _run(targets, others, results)
-        found = [results.get(v, v.tensor) for v in targets]
+        found = [results[v] if v in results else v.read() for v in targets]
         return _apart(found, inputs) if backward else found
 
 
@@ -287,7 +287,7 @@ def _outputs(
 
 def _call(value: Value, known: dict[Value, Any]) -> Any:
     args, kwargs = tree_map_only(
-        Value, lambda v: known.get(v, v.tensor), (value.args, value.kwargs)
+        Value, lambda v: known[v] if v in known else v.read(), (value.args, value.kwargs)
     )
     return value.func(*args, **kwargs)
 
@@ -347,7 +347,7 @@ def _write(outputs: Sequence[Value]) -> _Written:
             place = (value.tensor.data_ptr(), value.tensor.storage_offset(), *layout)
             if place not in inputs:
                 inputs[place] = graph.placeholder(f"leaf{len(tensors)}")
-                tensors.append(value.tensor)
+                tensors.append(value.read())
                 lines.append(f"{inputs[place]}: {layout}")
                 kinds.append(f"{layout[2:]}")
             nodes[value] = inputs[place]

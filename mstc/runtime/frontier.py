@@ -10,6 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from mstc.runtime.streams import Place
+
 __all__ = ["Stamped", "explain_change", "stamp_of", "stamped"]
 
 
@@ -22,13 +24,14 @@ class Stamped:
     stamp: tuple[int | None, ...]  # at the time of the call
     part: torch.Tensor  # an alias with the tensor's place in autograd, as it was at the call
     detached: torch.Tensor  # an alias without
+    place: Place | None = None  # where it was made
 
 
-def stamped(tensor: torch.Tensor, name: str) -> Stamped:
+def stamped(tensor: torch.Tensor, name: str, place: Place | None) -> Stamped:
     """Aliases are made once: `torch.compile` tells tensors apart by identity, and a caller may pass
     the tensor itself to the same graph."""
     part = _Alias.apply(tensor) if tensor.requires_grad else tensor.detach()
-    return Stamped(tensor, name, stamp_of(tensor), part, tensor.detach())
+    return Stamped(tensor, name, stamp_of(tensor), part, tensor.detach(), place)
 
 
 class _Alias(torch.autograd.Function):

@@ -39,6 +39,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from mstc.errors import DeferredOutputError
 from mstc.runtime.frontier import Stamped, explain_change, stamp_of
+from mstc.runtime.streams import Place, follow, place_of
 
 __all__ = [
     "LOCK",
@@ -114,7 +115,7 @@ class Value:
 
     __slots__ = (
         *("__weakref__", "args", "cell", "fixed", "func", "kwargs", "meta", "name", "original"),
-        *("roots", "stamps", "tensor", "widest"),
+        *("place", "roots", "stamps", "tensor", "widest"),
     )
 
     def __init__(self, meta: Any, widest: int, roots: frozenset[Root]) -> None:
@@ -126,6 +127,7 @@ class Value:
         self.kwargs: dict[str, Any] = {}
         self.fixed = False  # whether it is part of a closure, or of its gradients
         self.tensor: Any = None  # a leaf's, or the result: nobody else may write to that
+        self.place: Place | None = None  # where that was made
         self.cell: Any = None  # weak reference to the cell that stands for it, where it is wide
         # of leaves that are not copied
         self.stamps: tuple[Any, ...] = ()
@@ -144,9 +146,14 @@ class Value:
     def inputs(self) -> list[Value]:
         return [v for v in tree_flatten((self.args, self.kwargs))[0] if isinstance(v, Value)]
 
+    def read(self) -> Any:
+        """The tensor, for the current stream."""
+        follow(self.place, self.tensor)
+        return self.tensor
+
     def settle(self, tensor: Any) -> None:
         """From now on it is a leaf."""
-        self.tensor = tensor
+        self.tensor, self.place = tensor, place_of(tensor)
         self.func, self.args, self.kwargs = None, (), {}
 
     def check(self) -> None:
@@ -199,7 +206,7 @@ def frontier_leaf(stamped: Stamped, root: Root | None, roots: frozenset[Root]) -
         roots: the deferred outputs that it belongs to.
     """
     made = Value(_fake(stamped.tensor), 0, roots)
-    made.tensor, made.name = stamped.detached, stamped.name
+    made.tensor, made.place, made.name = stamped.detached, stamped.place, stamped.name
     made.stamps = (stamp_of(stamped.detached), stamped.stamp)
     if root is not None:
         made.original = weakref.ref(stamped.tensor)
@@ -215,7 +222,8 @@ def leaf(tensor: torch.Tensor, widest: int, roots: frozenset[Root]) -> Value | N
     if tensor.is_inference():
         return None
     made = Value(_fake(tensor), max(widest, size), roots)
-    made.tensor, made.name = tensor, "a tensor that the loss reads"
+    made.settle(tensor)
+    made.name = "a tensor that the loss reads"
     made.stamps = (stamp_of(tensor), stamp_of(tensor))
     made.original = weakref.ref(tensor)
     for root in roots:
@@ -229,7 +237,7 @@ def _copied(tensor: torch.Tensor, widest: int, roots: frozenset[Root]) -> Value:
     with quiet():
         copy = tensor.detach().clone()
     made = Value(_fake(copy), widest, roots)
-    made.tensor = copy
+    made.settle(copy)
     return made
 
 

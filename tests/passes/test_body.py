@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 from torch.nn import functional as F
 
 from passes.axes import Axes, analyze_axes
-from passes.body import Body, BodyError, build_body, sizes_of
+from passes.body import Body, BodyError, build_body, is_widening, sizes_of
 from passes.rules import find_rule
 from tests.passes.graphs import Recorder, Sketch, assert_close, compiled, run_body, trace
 
@@ -253,3 +253,42 @@ def test_a_wider_copy_is_made_inside():
         split = [n.meta["val"] for n in body.split_inputs if n.meta["val"].shape == (11, 4)]
         assert split
         assert all(value.dtype == torch.bfloat16 for value in split)
+
+
+def test_a_wider_copy_that_stays_is_read():
+    """The graph returns it: what it is made of need not stay as well."""
+
+    def fn(x: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Any:
+        wide = (x @ w).double()
+        return mlp(wide, up, down).square().sum(), wide
+
+    inputs = [real(11, 4).float(), real(4, 4).float(), real(4, 32), real(32, 4)]
+    for body in bodies(fn, *(i.requires_grad_() for i in inputs)):
+        assert all(n.meta["val"].dtype == torch.float64 for n in body.split_inputs)
+
+
+def test_a_wider_copy_of_what_is_written_to_is_read():
+    """Else the loop would read what the model has changed, and be refused."""
+
+    def fn(buffer: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        wide = buffer.double()
+        made = mlp(wide, up, down)
+        buffer.add_(1)
+        return made.square().sum() + (wide @ down.t()[:, :6]).sin().sum()
+
+    inputs = [real(11, 4).float(), leaf(4, 32), leaf(32, 4)]
+    made = bodies(fn, *inputs)
+    assert made
+    for body in made:
+        assert all(n.meta["val"].dtype == torch.float64 for n in body.split_inputs)
+
+
+def test_a_wider_copy_on_another_device_is_read():
+    node = Graph().placeholder("x")
+    node.meta["val"] = torch.empty(4, dtype=torch.bfloat16, device="meta")
+    for device, widens in (("meta", True), ("cpu", False)):
+        made = node.graph.call_function(
+            aten._to_copy.default, (node,), {"dtype": torch.float32, "device": device}
+        )
+        made.meta["val"] = torch.empty(4, device=device)
+        assert is_widening(made) == widens

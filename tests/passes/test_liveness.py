@@ -184,3 +184,17 @@ def test_prediction_bounds_a_training_step(rows: int | None):
         assert measured <= 6 * wide
     else:
         assert measured < wide, "no value of the full width is ever alive"
+
+
+def test_a_body_of_very_many_values_is_not_modelled_by_kernels():
+    """What a kernel makes is asked of every pair of values: it would take minutes."""
+
+    def fn(x: torch.Tensor) -> list[torch.Tensor]:
+        made = [x]
+        for _ in range(300):
+            made.append(made[-1].sin() + x)
+        return made[1:]
+
+    graph = trace(fn, torch.randn(8, 8))
+    fused, plain = (analyze_liveness(graph, fused=f).peak_bytes for f in (True, False))
+    assert fused == plain == 300 * 8 * 8 * 4

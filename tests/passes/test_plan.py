@@ -200,6 +200,20 @@ def test_larger_chunks_instead_of_second_buffers(dtype: torch.dtype, num_chunks:
     assert loop.num_chunks == num_chunks
 
 
+@pytest.mark.parametrize(("length", "num_chunks"), [(500, 50), (512, MANY), (509, MANY)])
+def test_larger_chunks_are_equal_where_they_were(length: int, num_chunks: int):
+    """Chunks of two sizes are two bodies to compile."""
+
+    def fn(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return (F.gelu(x @ up) @ down).square().sum()
+
+    shapes = (length, 8), (8, 64), (64, 8)
+    values = [torch.randn(*shape).requires_grad_() for shape in shapes]
+    (loop,) = plan(values, fn, min_rows=8).planned[0].plan.loops
+    assert loop.num_chunks == num_chunks
+    assert (length % loop.chunk == 0) == (length != 509)  # a prime
+
+
 def test_rows_are_tokens_of_all_sequences():
     """Four sequences: eight rows are two positions."""
 
