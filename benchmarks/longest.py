@@ -135,8 +135,8 @@ def _on_a_gpu(found: dict[str, Any]) -> str:
         f" a step of {step}, gradients of {size(found['gradients'])} included, beside weights of"
         f" {weights}. Of what is saved for the backward {host} wait in the host's memory."
         f" Simulated for an {found['simulated']} that is not there, by"
-        f" `python -m tests.sm90.longest` ({found['seconds']} s; {versions}; {found['date']}; commit"
-        f" {found['commit']}): what"
+        f" `python -m tests.sm90.longest` ({found['seconds']} s; {versions}; {found['date']};"
+        f" commit {found['commit']}): what"
         " kernels of libraries take while they run is not in it, nor how long the copies take."
     )
     return textwrap.fill(text, 100, break_on_hyphens=False, break_long_words=False)

@@ -140,10 +140,9 @@ def is_widening(node: Node) -> bool:
     """A conversion to a wider type, of which a slice is made faster than it is read."""
     if packet_of(node) not in _CONVERSIONS or len(node.all_input_nodes) != 1:
         return False
-    values = [n.meta.get("val") for n in (*node.all_input_nodes, node)]
-    if not all(isinstance(v, torch.Tensor) for v in values):
+    narrow, wide = (n.meta.get("val") for n in (*node.all_input_nodes, node))
+    if not (isinstance(narrow, torch.Tensor) and isinstance(wide, torch.Tensor)):
         return False
-    narrow, wide = values
     same = narrow.device == wide.device and narrow.layout == wide.layout
     return same and narrow.element_size() < wide.element_size()
 

@@ -111,8 +111,10 @@ class _Builder:
         self.graph = graph
         self.fused = fused
         self.order = {n: i for i, n in enumerate(graph.nodes)}
-        # a body has no forward and backward: it runs as one
-        self.phase = dict.fromkeys(graph.nodes, "forward") if fused else phases(graph)
+        self.phase = phases(graph)
+        if fused:  # a body has no forward and backward: it runs as one
+            for node in graph.nodes:
+                self.phase[node] = "forward"
         self.outputs = set(output_nodes(graph))
         self.uses: dict[
             tuple[Node, Phase], tuple[int, int]
@@ -291,7 +293,7 @@ class _Builder:
     def reuse_in_place(self) -> None:
         """A pointwise result takes the place of an operand of its size that dies with it."""
         read: dict[tuple[Node, Phase], set[Node]] = {}  # by a kernel
-        made = [(node, phase) for node, phase in self.uses if is_fusible(node)]
+        made = [key for key in self.uses if is_fusible(key[0])]
         for node, phase in made:
             kernel = self.kernel.get(node, node), phase
             read.setdefault(kernel, set()).update(self.sources(node, phase))

@@ -14,6 +14,7 @@ Not handled: tensors of an own kind (DTensor) that a closure starts from; other 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +35,8 @@ class Place:
 
 def _tensors(value: object) -> list[torch.Tensor]:
     """A plain tensor, or those of an op with several results."""
-    several = value if isinstance(value, (tuple, list)) else (value,)
-    return [t for t in several if type(t) in _PLAIN]
+    several: Sequence[object] = value if isinstance(value, (tuple, list)) else (value,)
+    return [t for t in several if isinstance(t, torch.Tensor) and type(t) in _PLAIN]
 
 
 def place_of(value: object) -> Place | None:
