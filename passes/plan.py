@@ -68,9 +68,7 @@ TRANSIENT_SHARE = 0.10  # of the peak that stays, how much a chunk may add
 DOMINANT = 0.5  # of the peak that stays: a chunk that adds more has fewer rows than is fast
 MIN_GAIN = 0.05  # of the predicted peak, below which the graph is left alone
 WORTH_A_ROUND = 1.02  # of the lowest predicted peak, up to which a plan with fewer loops is better
-SMALL = (
-    1 / 16
-)  # of `min_peak_bytes`: a smaller chunk saves nothing that matters, and costs its call
+SMALL = 1 / 16  # of `min_peak_bytes`: a smaller chunk saves nothing that matters, but has its call
 AXIS_GAIN = 1 / 8  # of the predicted peak, for another axis: as much as the estimate may be off by
 SLOWER = 1.05  # predicted times of two plans of one graph tell themselves apart from here on
 AT_PEAK = 0.02  # of the peak, below which a region counts as off it
@@ -478,9 +476,8 @@ class _Planner:
         wanted = max(least, int(TRANSIENT_SHARE * floor.peak_bytes / max(1, per_position)))
         if plan.region.along_weights:  # finer chunks take no longer there (docs/axes.md)
             return _sized(plan, largest_chunk(length, min(wanted, length), least))
-        return self.without_groups(
-            _sized(plan, even_chunk(length, min(wanted, length), least)), bodies
-        )
+        chunk = even_chunk(length, min(wanted, length), least)
+        return self.without_groups(_sized(plan, chunk), bodies)
 
     def without_groups(self, plan: LoopPlan, bodies: Bodies) -> LoopPlan:
         """As few chunks as need no second buffers of sums, where that takes no more memory."""
@@ -488,15 +485,15 @@ class _Planner:
         least = math.ceil(length / MANY)
         if plan.chunk >= least:
             return plan
+        other = _sized(plan, even_chunk(length, least, least))
+        if length % other.chunk and not length % plan.chunk:
+            return plan  # its last chunk would have a body of its own
 
         def needed(one: LoopPlan) -> int:
             second = max((b.groups_nbytes(one.num_chunks) for b in bodies.all), default=0)
             return self.chunk_bytes(one, bodies) + second
 
-        equal = [c for c in range(least, min(2 * least, length) + 1) if length % c == 0][:1]
-        uneven = [] if length % plan.chunk == 0 else [least]  # its last chunk has its own body
-        fitting = (_sized(plan, c) for c in (*equal, *uneven))
-        return next((one for one in fitting if needed(one) <= needed(plan)), plan)
+        return other if needed(other) <= needed(plan) else plan
 
     def least_of(
         self, plan: LoopPlan, bodies: Bodies, chunked: ChunkedGraph, floor: Liveness

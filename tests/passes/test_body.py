@@ -263,7 +263,9 @@ def test_a_wider_copy_that_stays_is_read():
         return mlp(wide, up, down).square().sum(), wide
 
     inputs = [real(11, 4).float(), real(4, 4).float(), real(4, 32), real(32, 4)]
-    for body in bodies(fn, *(i.requires_grad_() for i in inputs)):
+    made = bodies(fn, *(i.requires_grad_() for i in inputs))
+    assert made
+    for body in made:
         assert all(n.meta["val"].dtype == torch.float64 for n in body.split_inputs)
 
 
