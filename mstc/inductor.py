@@ -279,8 +279,11 @@ class CompiledBody:
         values = {s: sizes[i] for s, i in zip(self._symbols, self._dynamic, strict=True)}
         return all(g.xreplace(values) == sympy.true for g in self._guards)
 
-    def __call__(self, sizes: Sequence[int], tensors: Tensors) -> Sequence[torch.Tensor]:
-        return self._call([*(sizes[i] for i in self._dynamic), *tensors])
+    def __call__(self, sizes: Sequence[int], tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """`tensors` is emptied: what is a copy, of a slice, goes when it is read last."""
+        arguments = [*(sizes[i] for i in self._dynamic), *tensors]
+        tensors.clear()
+        return self._call(arguments)
 
 
 def compile_body(

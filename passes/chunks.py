@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
+from passes.axes import Axes
 from passes.body import Body
 from passes.liveness import analyze_liveness
 from passes.records import Region
@@ -41,9 +44,52 @@ def largest_chunk(length: int, most: int, least: int) -> int:
     return math.ceil(length / math.ceil(length / most))
 
 
-def body_bytes(body: Body) -> int:
-    """Bytes that a body needs for the whole axis at once, its inputs not counted; a chunk needs its
-    share."""
+@dataclass(frozen=True)
+class ChunkMemory:
+    """Bytes that a body needs beside its inputs and outputs, by the positions of its chunk."""
+
+    length: int  # positions of the whole axis
+    steps: tuple[tuple[int, int], ...]  # at every step of the body that may be its peak: bytes of
+    # values without the loop axis, and of those with it, of the whole axis
+
+    def of(self, chunk: int) -> int:
+        """Bytes that a chunk needs."""
+        return max((same + split * chunk // self.length for same, split in self.steps), default=0)
+
+    def most(self, room: float) -> int:
+        """The positions of the largest chunk that needs no more than `room` bytes; 0 if none
+        does."""
+        most = self.length
+        for same, split in self.steps:
+            left = max(0, room - same)
+            if left < split:
+                most = min(most, int(left * self.length / split))
+            elif same > room:
+                most = 0
+        return most
+
+
+def _lies_apart(node: Node, axes: Axes, axis: int) -> bool:
+    """Whether the slices of a value along an axis are not contiguous."""
+    in_order = [one for product in axes.dims(node) for one in product]
+    outside = in_order[: in_order.index(axis)]
+    if any(axes.table.sizes[one] != 1 for one in outside):
+        return True
+    value, expected = node.meta["val"], 1
+    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        known, step = hint(size), hint(stride)
+        if known is None or step is None:
+            return False
+        if known != 1 and step != expected:
+            return True
+        expected *= known
+    return False
+
+
+def chunk_memory(body: Body, axes: Axes, length: int) -> ChunkMemory:
+    """What a body needs: the values that it makes, and copies of the slices of its inputs that lie
+    apart in memory. `length` is that of its loop axis."""
+    axis = body.axes[0]
     members = set(body.nodes)
     graph = Graph()
     map_: dict[Node, Node] = {}
@@ -65,4 +111,20 @@ def body_bytes(body: Body) -> int:
         map_[node] = graph.node_copy(node, look)
     results = [i for o in body.outputs for i in o.leaving if o.kind != "sum"]
     graph.output(tuple(look(r) for r in results))
-    return analyze_liveness(graph, fused=True).peak_bytes
+    copied = frozenset(map_[n] for n in body.split_inputs if _lies_apart(n, axes, axis))
+    split = {made.name for node, made in map_.items() if axes.count(node, axis)}
+    same, scaled = [0] * len(graph.nodes), [0] * len(graph.nodes)
+    for buffer in analyze_liveness(graph, fused=True, copied=copied).buffers:
+        sums = scaled if buffer.node in split else same
+        for step in range(buffer.born, buffer.dies + 1):
+            sums[step] += buffer.nbytes
+    return ChunkMemory(length, tuple(_largest(zip(same, scaled, strict=True))))
+
+
+def _largest(steps: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those pairs of which no other has both numbers as large."""
+    kept: list[tuple[int, int]] = []
+    for pair in sorted(set(steps), reverse=True):
+        if not kept or pair[1] > kept[-1][1]:
+            kept.append(pair)
+    return kept

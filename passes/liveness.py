@@ -107,8 +107,11 @@ def is_fusible(node: Node) -> bool:
 
 
 class _Builder:
-    def __init__(self, graph: Graph, *, fused: bool = False) -> None:
+    def __init__(
+        self, graph: Graph, *, fused: bool = False, copied: frozenset[Node] = frozenset()
+    ) -> None:
         self.graph = graph
+        self.copied = copied
         self.fused = fused
         self.order = {n: i for i, n in enumerate(graph.nodes)}
         self.phase = phases(graph)
@@ -159,7 +162,8 @@ class _Builder:
         return found
 
     def touch(self, node: Node, phase: Phase, step: int) -> None:
-        if node.op == "placeholder" or not isinstance(node.meta.get("val"), torch.Tensor):
+        given = node.op == "placeholder" and node not in self.copied
+        if given or not isinstance(node.meta.get("val"), torch.Tensor):
             return
         made = self.phase[node] if (not is_fusible(node) or node in self.saved) else phase
         late = made != self.phase[node] or (self.fused and is_fusible(node))
@@ -225,7 +229,7 @@ class _Builder:
         last = len(self.order) - 1
         for node in self.outputs:
             root = self.root(node)
-            if root.op != "placeholder":
+            if root.op != "placeholder" or root in self.copied:
                 phase = self.phase[root]
                 self.read(root, phase, last if self.fused else self.order[root], real=True)
                 self.touch(root, phase, last)
@@ -303,7 +307,7 @@ class _Builder:
             for source in sorted(sources, key=self.order.__getitem__):
                 keys: list[tuple[Node, Phase]] = [(source, phase), (source, self.phase[source])]
                 key = next((k for k in keys if k in self.uses), None)
-                if key is None or source in self.outputs or source is node:
+                if key is None or source in self.outputs or source in (node, *self.copied):
                     continue
                 start, end = self.uses[key]
                 if (
@@ -336,6 +340,7 @@ class _Builder:
             live_bytes=tuple(accumulate(delta))[: len(steps)],
             output_bytes=sum(nbytes(n.meta.get("val")) for n in set(made)),
             gradient_bytes=tuple(accumulate(delta_gradients))[: len(steps)],
+            gradients=frozenset(n.name for n in gradients),
         )
 
 
@@ -366,11 +371,15 @@ def saved_beside_sources(graph: Graph) -> tuple[list[Node], frozenset[Node]]:
     return found, frozenset(builder.saved)
 
 
-def analyze_liveness(graph: Graph, *, fused: bool = False) -> Liveness:
+def analyze_liveness(
+    graph: Graph, *, fused: bool = False, copied: frozenset[Node] = frozenset()
+) -> Liveness:
     """Bytes alive at every step of a joint (or inference) graph.
 
     Args:
         graph: a functional aten graph with fake values in ``meta["val"]``.
         fused: whether it is a loop's body, whose kernels write over what they read last.
+        copied: inputs that are given as copies made for this graph, which count until they are
+            read last.
     """
-    return _Builder(graph, fused=fused).run()
+    return _Builder(graph, fused=fused, copied=copied).run()

@@ -45,7 +45,13 @@ from passes import rules
 from passes.axes import Axes
 from passes.body import Body, BodyError, is_widening
 from passes.chunk import ChunkedGraph, UnorderedLoops, chunk_graph, mutated_inputs
-from passes.chunks import body_bytes, even_chunk, largest_chunk, rows_per_position
+from passes.chunks import (
+    ChunkMemory,
+    chunk_memory,
+    even_chunk,
+    largest_chunk,
+    rows_per_position,
+)
 from passes.cost import Loop, Machine, Work, flops, work_of
 from passes.groups import MANY
 from passes.liveness import analyze_liveness, saved_values, tangent_nodes
@@ -207,7 +213,7 @@ class _Planner:
             if is_widening(n) and (_storage(n.all_input_nodes[0]) in self.mutated or _leaves(n))
         )
         self.saved = saved_values(self.graph)
-        self.known_bytes: dict[tuple[str, int], int] = {}
+        self.known_memory: dict[tuple[str, int], ChunkMemory] = {}
         self.prepared: dict[tuple[Region, Mode | None], tuple[LoopPlan, Bodies] | None] = {}
 
     def run(self) -> Planned:
@@ -311,9 +317,12 @@ class _Planner:
         """Memory with what a loop makes counted from its first chunk on: sums in low precision have
         buffers in float32, all of them at once."""
         extra = self.of_bodies(made.chunked)
+        gradients: dict[str, int] = {}
         for loop in made.chunked.loops:
+            results = [n for n in loop.node.users if n.name in made.floor.gradients]
+            gradients[loop.node.name] = sum(nbytes(n.meta["val"]) for n in results)
             extra[loop.node.name] += sum(map(nbytes, loop.node.meta["val"]))
-        return made.floor.with_transient(extra)
+        return made.floor.with_transient(extra, gradients)
 
     def rounds(self, unlooped: Liveness, size: Sizing, enough: int = 0) -> list[Round]:
         """Step 2 of the algorithm, until the predicted peak is `enough` bytes."""
@@ -469,11 +478,8 @@ class _Planner:
         length = plan.region.length
         if (asked := self.asked(plan)) is not None:
             return asked
-        per_position = max(
-            (self.body_bytes(b, plan.region) / length for b in bodies.all), default=1
-        )
         least = self.least(plan, bodies)
-        wanted = max(least, int(TRANSIENT_SHARE * floor.peak_bytes / max(1, per_position)))
+        wanted = max(least, self.most(plan, bodies, TRANSIENT_SHARE * floor.peak_bytes))
         if plan.region.along_weights:  # finer chunks take no longer there (docs/axes.md)
             return _sized(plan, largest_chunk(length, min(wanted, length), least))
         chunk = even_chunk(length, min(wanted, length), least)
@@ -516,10 +522,9 @@ class _Planner:
         for loop in chunked.loops:
             if loop.plan is plan:
                 room = target - floor.live_bytes[floor.steps.index(loop.node.name)]
-                per_position = max(1, self.body_bytes(loop.body, plan.region) / length)
-                one = int(room / per_position)
-                room -= loop.body.groups_nbytes(-(-length // max(1, one)))
-                most = min(most, int(room / per_position))
+                memory = self.memory(loop.body, plan.region)
+                room -= loop.body.groups_nbytes(-(-length // max(1, memory.most(room))))
+                most = min(most, memory.most(room))
         return self.asked(plan) or _sized(plan, largest_chunk(length, most, min(least, length)))
 
     def asked(self, plan: LoopPlan) -> LoopPlan | None:
@@ -533,12 +538,14 @@ class _Planner:
     def least(self, plan: LoopPlan, bodies: Bodies, min_rows: int | None = None) -> int:
         """The fewest positions per chunk; `min_rows` instead of that of the options."""
         region, divisor = plan.region, self.options.least_divisor
-        per_position = max(
-            (self.body_bytes(b, region) / region.length for b in bodies.all), default=1
-        )
-        small = SMALL * self.options.min_peak_bytes / max(1, per_position)
+        small = self.most(plan, bodies, SMALL * self.options.min_peak_bytes)
         rows = (min_rows or self.options.min_rows) // rows_per_position(region)
-        return max(1, rows // divisor, min(round(small / divisor), region.length))
+        return max(1, rows // divisor, small // divisor)
+
+    def most(self, plan: LoopPlan, bodies: Bodies, room: float) -> int:
+        """The most positions of a chunk that needs no more than `room` bytes, in any body."""
+        found = (self.memory(b, plan.region).most(room) for b in bodies.all)
+        return min(found, default=plan.region.length)
 
     def rewrite(self, chosen: dict[LoopPlan, Bodies]) -> ChunkedGraph:
         """The graph with all of `chosen`; those that cannot be ordered leave `chosen`, refused."""
@@ -562,22 +569,20 @@ class _Planner:
         """Bytes of a chunk's body, by the name of its loop."""
         extra: dict[str, int] = {}
         for loop in chunked.loops:
-            share = loop.plan.chunk / loop.plan.region.length
-            one = int(share * self.body_bytes(loop.body, loop.plan.region))
+            one = self.memory(loop.body, loop.plan.region).of(loop.plan.chunk)
             extra[loop.node.name] = one + loop.body.groups_nbytes(loop.plan.num_chunks)
         return extra
 
     def chunk_bytes(self, plan: LoopPlan, bodies: Bodies) -> int:
         """Bytes that a chunk of a loop needs, in its larger body."""
-        whole = max((self.body_bytes(b, plan.region) for b in bodies.all), default=0)
-        return whole * plan.chunk // plan.region.length
+        return max((self.memory(b, plan.region).of(plan.chunk) for b in bodies.all), default=0)
 
-    def body_bytes(self, body: Body, region: Region) -> int:
-        """`body_bytes`, once per distinct body."""
+    def memory(self, body: Body, region: Region) -> ChunkMemory:
+        """`chunk_memory`, once per distinct body."""
         key = (body.spec, region.length)
-        if key not in self.known_bytes:
-            self.known_bytes[key] = body_bytes(body)
-        return self.known_bytes[key]
+        if key not in self.known_memory:
+            self.known_memory[key] = chunk_memory(body, self.axes, region.length)
+        return self.known_memory[key]
 
 
 def make_plan(

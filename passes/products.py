@@ -7,8 +7,8 @@ result leaves the body as the operands, and the loop multiplies into the slice: 
 with ``mm(out=)``, further ones added to it. That spares the copy, and of every product the buffer.
 (Of several sequences a slice is no matrix; there the loop makes one buffer, and copies.)
 
-Only where rows are what the loop goes along, and where nobody else reads a product. As for sums
-over chunks, see `passes.body`.
+Only where rows, or columns, are what the loop goes along, and where nobody else reads a product. As
+for sums over chunks, see `passes.body`.
 """
 
 from __future__ import annotations
@@ -69,8 +69,13 @@ class _Reader:
     def _product(
         self, node: Node, left: Node, right: Node, bias: Node | None = None
     ) -> Products | None:
-        rows, columns = self.axes.dims(left)
-        if self.axis not in rows or self.axis in columns or self.axes.count(right, self.axis):
+        of_rows = self.axis in self.axes.dims(left)[0]
+        of_columns = self.axes.dims(right)[1] == (self.axis,)
+        if not (of_rows or of_columns):
+            return None
+        if self.axes.count(left, self.axis) != of_rows:
+            return None
+        if self.axes.count(right, self.axis) != of_columns or of_rows == of_columns:
             return None
         operands = (left, right) if bias is None else (bias, left, right)
         return Products((operands,), (node,))

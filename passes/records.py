@@ -41,7 +41,8 @@ class Liveness:
     steps: tuple[str, ...]  # node names in schedule order
     live_bytes: tuple[int, ...]  # bytes alive during each step
     output_bytes: int  # bytes of the graph's outputs that are no inputs: loss and gradients
-    gradient_bytes: tuple[int, ...]  # of `live_bytes`, those of outputs that depend on a tangent
+    gradient_bytes: tuple[int, ...]  # of `live_bytes`, those of `gradients`
+    gradients: frozenset[str]  # outputs that depend on a tangent, by the node that makes them
 
     @property
     def peak_step(self) -> int:
@@ -63,14 +64,24 @@ class Liveness:
     def peak_node(self) -> str:
         return self.steps[self.peak_step] if self.steps else ""
 
-    def with_transient(self, extra: Mapping[str, int]) -> Liveness:
+    def with_transient(
+        self, extra: Mapping[str, int], gradients: Mapping[str, int] | None = None
+    ) -> Liveness:
         """The same, with what nodes take while they run beside their inputs and outputs.
 
         Args:
             extra: bytes by name of the node (of a loop: what its body takes).
+            gradients: of these, those of gradients.
         """
-        both = zip(self.steps, self.live_bytes, strict=True)
-        return replace(self, live_bytes=tuple(n + extra.get(step, 0) for step, n in both))
+
+        def added(known: tuple[int, ...], more: Mapping[str, int]) -> tuple[int, ...]:
+            return tuple(n + more.get(s, 0) for s, n in zip(self.steps, known, strict=True))
+
+        return replace(
+            self,
+            live_bytes=added(self.live_bytes, extra),
+            gradient_bytes=added(self.gradient_bytes, gradients or {}),
+        )
 
     def at(self, step: int) -> tuple[Buffer, ...]:
         """The buffers alive at a step, largest first."""

@@ -14,7 +14,10 @@ from torch.fx import Node
 
 from mstc.runtime.loop import program_of
 from mstc.runtime.memory import measure_peak
-from passes.chunks import body_bytes
+from passes import plan
+from passes.axes import Axes
+from passes.body import Body
+from passes.chunks import ChunkMemory, chunk_memory
 from tests.models import fresh_compiler  # noqa: F401  (an autouse fixture)
 from tests.passes.graphs import Recorder, compiled
 
@@ -45,6 +48,54 @@ def head_in_float32(x: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> Tensor
     return F.cross_entropy((x @ up).float(), torch.arange(ROWS))
 
 
+class Known(dict[str, ChunkMemory]):
+    """What the planner takes bodies to need, by spec."""
+
+    def chunk_memory(self, body: Body, axes: Axes, length: int) -> ChunkMemory:
+        self[body.spec] = chunk_memory(body, axes, length)
+        return self[body.spec]
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> Known:
+    found = Known()
+    monkeypatch.setattr(plan, "chunk_memory", found.chunk_memory)
+    return found
+
+
+def measured(
+    fn: Callable[..., Tensor], x: Tensor, dtype: torch.dtype, known: Known, **options: Any
+) -> list[tuple[int, int]]:
+    """Of every loop the bytes that a chunk was taken to need, and those that what Inductor makes
+    of it allocates, copies of slices included."""
+    shapes = (HIDDEN, WIDE), (HIDDEN, WIDE), (WIDE, HIDDEN)
+    weights = [torch.randn(*s).mul_(0.1) for s in shapes]
+    recorder = Recorder(chunk_rows=CHUNK, **options)
+    compiled(fn, [t.to(dtype).requires_grad_() for t in (x, *weights)], recorder)
+    (planned,) = recorder.planned
+    assert planned.chunked is not None
+    found: list[tuple[int, int]] = []
+    for loop in planned.chunked.loops:
+        args: Any = loop.node.args  # of `mst::loop`
+        ins, sizes, *_ = args
+        program, inputs = program_of(loop.body.spec, INDUCTOR), [like(n) for n in ins]
+        chunk = loop.plan.chunk
+        own = (chunk, *sizes[1:])
+        run = program.function(own, program.first_slices(inputs, sizes, chunk))
+
+        def one(
+            program: Any = program,
+            inputs: list[Tensor] = inputs,
+            sizes: list[int] = sizes,
+            own: tuple[int, ...] = own,
+            run: Any = run,
+        ) -> object:
+            return run(own, program.first_slices(inputs, sizes, own[0]))
+
+        found.append((known[loop.body.spec].of(chunk), measure_peak(one).peak_nbytes))
+    return found
+
+
 @pytest.mark.parametrize(
     ("fn", "dtype", "values"),
     [
@@ -56,30 +107,26 @@ def head_in_float32(x: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> Tensor
     ],
 )
 def test_a_chunk_takes_what_was_planned(
-    fn: Callable[..., Tensor], dtype: torch.dtype, values: list[int]
+    fn: Callable[..., Tensor], dtype: torch.dtype, values: list[int], known: Known
 ) -> None:
-    """In values of a chunk's rows x wide: what the code that Inductor writes allocates."""
+    """In values of a chunk's rows x wide."""
     torch.manual_seed(0)
-    shapes = (ROWS, HIDDEN), (HIDDEN, WIDE), (HIDDEN, WIDE), (WIDE, HIDDEN)
-    inputs = [torch.randn(*s).mul_(0.1).to(dtype).requires_grad_() for s in shapes]
-    recorder = Recorder(chunk_rows=CHUNK)
-    compiled(fn, inputs, recorder)
-    (planned,) = recorder.planned
-    assert planned.chunked is not None
-    found: list[float] = []
-    for loop in planned.chunked.loops:
-        args: Any = loop.node.args  # of `mst::loop`
-        ins, sizes, *_ = args
-        program = program_of(loop.body.spec, INDUCTOR)
-        tensors = program.first_slices([like(n) for n in ins], sizes, CHUNK)
-        own = (CHUNK, *sizes[1:])
-        run = program.function(own, tensors)
-        measured = measure_peak(lambda run=run, own=own, t=tensors: run(own, list(t))).peak_nbytes
-        predicted = body_bytes(loop.body) * CHUNK / ROWS
-        scratch = SCRATCH if dtype == torch.bfloat16 else 0
-        assert (1 - SLACK) * predicted <= measured <= (1 + SLACK + scratch) * predicted
-        found.append(predicted / (CHUNK * WIDE * dtype.itemsize))
-    assert found == pytest.approx(values, rel=SLACK)
+    found = measured(fn, torch.randn(ROWS, HIDDEN), dtype, known)
+    scratch = SCRATCH if dtype == torch.bfloat16 else 0
+    for predicted, taken in found:
+        assert (1 - SLACK) * predicted <= taken <= (1 + SLACK + scratch) * predicted
+    unit = CHUNK * WIDE * dtype.itemsize
+    assert [p / unit for p, _ in found] == pytest.approx(values, rel=SLACK)
+
+
+@pytest.mark.parametrize("loop_axes", ["tokens", "weights"])
+def test_slices_that_lie_apart_are_counted(loop_axes: str, known: Known) -> None:
+    """Rows of several sequences, and columns of a weight: a chunk gets copies of them. What has
+    not the loop's axis does not shrink with the chunk."""
+    torch.manual_seed(0)
+    x = torch.randn(2, ROWS // 2, HIDDEN)
+    for predicted, taken in measured(gated, x, torch.float32, known, loop_axes=loop_axes):
+        assert predicted == pytest.approx(taken, rel=0.01)
 
 
 def like(node: Node) -> Tensor:
