@@ -34,7 +34,7 @@ from passes import rules
 from passes.axes import Axes, Dims, Product, Size
 from passes.groups import group_size
 from passes.products import Products, sum_of_products
-from passes.source import nbytes, op_name, packet_of
+from passes.source import elements, nbytes, op_name, packet_of
 
 aten = torch.ops.aten
 
@@ -119,6 +119,12 @@ class Body:
     def work(self) -> tuple[Node, ...]:
         """The outer nodes that a chunk computes, in the body or after it."""
         return (*self.nodes, *(n for o in self.outputs for n in o.made_outside))
+
+    @property
+    def sums_nbytes(self) -> int:
+        """What its sums take, while the loop runs."""
+        sums = (o for o in self.outputs if o.kind != "split")
+        return sum(elements(o.node.meta["val"]) * o.accumulate.itemsize for o in sums)
 
     def groups_nbytes(self, num_chunks: int) -> int:
         """What its sums take once more, where they are made in two steps (`passes.groups`)."""

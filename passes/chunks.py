@@ -6,13 +6,17 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Graph, Node
 
 from passes.axes import Axes
 from passes.body import Body
 from passes.liveness import analyze_liveness
 from passes.records import Region
-from passes.source import hint, nbytes
+from passes.rules.permuted import GROUPED
+from passes.source import hint, nbytes, packet_of
+
+aten = torch.ops.aten
 
 
 def rows_per_position(region: Region) -> int:
@@ -21,6 +25,18 @@ def rows_per_position(region: Region) -> int:
     columns = hint(value.shape[-1]) or 1 if value.dim() else 1
     total = nbytes(value) // value.element_size()
     return max(1, total // max(1, columns) // region.length)
+
+
+def experts(region: Region) -> int:
+    """Among how many matrices grouped products share out a chunk's rows; 1 without such."""
+    weights = (n.args[1] for n in region.nodes if packet_of(n) in GROUPED)
+    shapes = (w.meta["val"].shape for w in weights if isinstance(w, Node))
+    return max((hint(s[0]) or 1 for s in shapes if len(s) == 3), default=1)
+
+
+def is_batched(region: Region) -> bool:
+    """Whether every position has a row in each of several products (attention's heads)."""
+    return any(packet_of(n) in (aten.bmm, aten.baddbmm) for n in region.nodes)
 
 
 def even_chunk(length: int, wanted: int, least: int) -> int:

@@ -8,8 +8,10 @@ Algorithm
        best. A region that is off the peak is left alone, so short sequences run untouched.
     3. Gradient-in-forward where it can be proven (`passes.modes`), recompute otherwise.
     4. Chunk size: as large as adds at most `TRANSIENT_SHARE` to what is left at the peak without
-       any chunk alive, and never below the rows at which matrix units are still busy (`min_rows`),
-       nor below a `SMALL` share of the peak for which nothing would be done.
+       any chunk alive, and never below the rows at which matrix units are still busy (`min_rows`:
+       of each expert, as far as a chunk is small beside their summed gradients; of each head's
+       product at least `TILE`), nor below a `SMALL` share of the peak for which nothing would be
+       done.
        The number of chunks is rounded so that chunks are equal where a divisor is near. In a deep
        model that may be one: what the layer makes is then small beside what all layers keep.
        Sums over many chunks have second buffers (`passes.groups`); where chunks so large that these
@@ -49,6 +51,8 @@ from passes.chunks import (
     ChunkMemory,
     chunk_memory,
     even_chunk,
+    experts,
+    is_batched,
     largest_chunk,
     rows_per_position,
 )
@@ -74,6 +78,8 @@ TRANSIENT_SHARE = 0.10  # of the peak that stays, how much a chunk may add
 DOMINANT = 0.5  # of the peak that stays: a chunk that adds more has fewer rows than is fast
 MIN_GAIN = 0.05  # of the predicted peak, below which the graph is left alone
 WORTH_A_ROUND = 1.02  # of the lowest predicted peak, up to which a plan with fewer loops is better
+SUMS_SHARE = 1.0  # of what the gradients of experts take while summed, how much a chunk may add
+TILE = 64  # rows of each product of a batch, below which it slows down whatever its batch
 SMALL = 1 / 16  # of `min_peak_bytes`: a smaller chunk saves nothing that matters, but has its call
 AXIS_GAIN = 1 / 8  # of the predicted peak, for another axis: as much as the estimate may be off by
 SLOWER = 1.05  # predicted times of two plans of one graph tell themselves apart from here on
@@ -480,7 +486,8 @@ class _Planner:
             return asked
         least = self.least(plan, bodies)
         wanted = max(least, self.most(plan, bodies, TRANSIENT_SHARE * floor.peak_bytes))
-        if plan.region.along_weights:  # finer chunks take no longer there (docs/axes.md)
+        if plan.region.along_weights or self.options.loop_axes == "weights":
+            # finer chunks take no longer there (docs/axes.md)
             return _sized(plan, largest_chunk(length, min(wanted, length), least))
         chunk = even_chunk(length, min(wanted, length), least)
         return self.without_groups(_sized(plan, chunk), bodies)
@@ -539,8 +546,16 @@ class _Planner:
         """The fewest positions per chunk; `min_rows` instead of that of the options."""
         region, divisor = plan.region, self.options.least_divisor
         small = self.most(plan, bodies, SMALL * self.options.min_peak_bytes)
-        rows = (min_rows or self.options.min_rows) // rows_per_position(region)
-        return max(1, rows // divisor, small // divisor)
+        rows = min_rows or self.options.min_rows
+        least = rows // rows_per_position(region)
+        if (shared := experts(region)) > 1:
+            # every expert gets its part of a chunk's rows, but its whole gradient is added to
+            sums = max(b.sums_nbytes for b in bodies.all)
+            fast = shared * rows // rows_per_position(region)
+            least = max(least, min(fast, self.most(plan, bodies, SUMS_SHARE * sums)))
+        elif is_batched(region):
+            least = max(least, min(TILE, rows))
+        return max(1, min(least, region.length) // divisor, small // divisor)
 
     def most(self, plan: LoopPlan, bodies: Bodies, room: float) -> int:
         """The most positions of a chunk that needs no more than `room` bytes, in any body."""
