@@ -19,24 +19,29 @@ from passes.source import hint, nbytes, packet_of
 aten = torch.ops.aten
 
 
-def rows_per_position(region: Region) -> int:
-    """Rows of the seed's matrix for one position of the loop axis."""
+def rows_per_position(region: Region, axes: Axes) -> int:
+    """Rows of the seed's matrix for one position of the loop axis; its columns, if the axis is
+    among them: a product needs as many of these."""
     value = region.seed.meta["val"]
     columns = hint(value.shape[-1]) or 1 if value.dim() else 1
+    if value.dim() and region.axis in axes.dims(region.seed)[-1]:
+        return max(1, columns // region.length)
     total = nbytes(value) // value.element_size()
     return max(1, total // max(1, columns) // region.length)
 
 
-def experts(region: Region) -> int:
+def experts(region: Region, axes: Axes) -> int:
     """Among how many matrices grouped products share out a chunk's rows; 1 without such."""
     weights = (n.args[1] for n in region.nodes if packet_of(n) in GROUPED)
-    shapes = (w.meta["val"].shape for w in weights if isinstance(w, Node))
+    whole = (w for w in weights if isinstance(w, Node) and not axes.count(w, region.axis))
+    shapes = (w.meta["val"].shape for w in whole)
     return max((hint(s[0]) or 1 for s in shapes if len(s) == 3), default=1)
 
 
-def is_batched(region: Region) -> bool:
-    """Whether every position has a row in each of several products (attention's heads)."""
-    return any(packet_of(n) in (aten.bmm, aten.baddbmm) for n in region.nodes)
+def is_batched(region: Region, axes: Axes) -> bool:
+    """Whether positions are rows of each of several products (of attention's heads)."""
+    batched = (n for n in region.nodes if packet_of(n) in (aten.bmm, aten.baddbmm))
+    return any(region.axis in axes.dims(n)[1] for n in batched)
 
 
 def even_chunk(length: int, wanted: int, least: int) -> int:

@@ -539,7 +539,7 @@ class _Planner:
         if self.options.chunk_rows is None:
             return None
         region = plan.region
-        chunk = max(1, self.options.chunk_rows // rows_per_position(region))
+        chunk = max(1, self.options.chunk_rows // rows_per_position(region, self.axes))
         return _sized(plan, min(region.length, chunk))
 
     def least(self, plan: LoopPlan, bodies: Bodies, min_rows: int | None = None) -> int:
@@ -547,13 +547,13 @@ class _Planner:
         region, divisor = plan.region, self.options.least_divisor
         small = self.most(plan, bodies, SMALL * self.options.min_peak_bytes)
         rows = min_rows or self.options.min_rows
-        least = rows // rows_per_position(region)
-        if (shared := experts(region)) > 1:
+        least = rows // rows_per_position(region, self.axes)
+        if (shared := experts(region, self.axes)) > 1:
             # every expert gets its part of a chunk's rows, but its whole gradient is added to
             sums = max(b.sums_nbytes for b in bodies.all)
-            fast = shared * rows // rows_per_position(region)
+            fast = shared * rows // rows_per_position(region, self.axes)
             least = max(least, min(fast, self.most(plan, bodies, SUMS_SHARE * sums)))
-        elif is_batched(region):
+        elif is_batched(region, self.axes):
             least = max(least, min(TILE, rows))
         return max(1, min(least, region.length) // divisor, small // divisor)
 

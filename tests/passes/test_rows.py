@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from passes import plan
 from passes.grouped import grouped_mm
+from passes.plan import TILE
 from tests.passes.graphs import Recorder, assert_close, gradients_of
 
 TOKENS, HIDDEN, HEADS, EXPERTS = 512, 16, 8, 4
@@ -46,10 +47,10 @@ def attention(x: Tensor, *weights: Tensor) -> Tensor:
     return (x + mixed.transpose(-2, -3).flatten(-2)).square().mean()
 
 
-def chunk(fn: Callable[..., Tensor], inputs: list[Tensor], min_rows: int) -> int:
+def chunk(fn: Callable[..., Tensor], inputs: list[Tensor], min_rows: int, **options: object) -> int:
     """Positions of a chunk of the only loop, which has the gradients of a step without."""
     torch.manual_seed(0)
-    recorder = Recorder(min_rows=min_rows, gradient_in_forward=False)
+    recorder = Recorder(min_rows=min_rows, gradient_in_forward=False, **options)
     assert_close(gradients_of(fn, inputs, recorder), gradients_of(fn, inputs, None))
     ((loop,),) = [planned.plan.loops for planned in recorder.planned]
     return loop.chunk
@@ -78,7 +79,25 @@ def test_experts_chunks_are_small_beside_their_gradients() -> None:
     assert found * inputs[1].shape[-1] * inputs[1].itemsize <= gradients
 
 
-@pytest.mark.parametrize("min_rows", [MIN_ROWS, 4 * plan.TILE])
+@pytest.mark.parametrize("min_rows", [MIN_ROWS, 4 * TILE])
 def test_every_head_has_its_rows(min_rows: int) -> None:
     inputs = [leaf(TOKENS, HIDDEN), *(leaf(HIDDEN, HIDDEN) for _ in range(3))]
-    assert chunk(attention, inputs, min_rows) == min(min_rows, plan.TILE)
+    assert chunk(attention, inputs, min_rows) == min(min_rows, TILE)
+
+
+def test_a_chunk_of_heads_has_few() -> None:
+    """A head is a product by itself, not a row of each."""
+    inputs = [leaf(TOKENS, HIDDEN), *(leaf(HIDDEN, HIDDEN) for _ in range(3))]
+    assert chunk(attention, inputs, TOKENS, loop_axes="weights") == 1
+
+
+def test_a_chunk_of_sequences_has_few() -> None:
+    """Nor is a sequence."""
+    inputs = [leaf(4 * MIN_ROWS, 24, HIDDEN), *(leaf(HIDDEN, HIDDEN) for _ in range(3))]
+    assert chunk(attention, inputs, MIN_ROWS) == 1
+
+
+def test_features_of_experts_are_columns() -> None:
+    """However many rows there are, a product has enough columns."""
+    inputs = of_experts(4 * HIDDEN, 8 * HIDDEN)
+    assert chunk(experts, inputs, MIN_ROWS, loop_axes="weights") == MIN_ROWS
