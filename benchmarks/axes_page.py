@@ -134,7 +134,7 @@ head tokens x hidden features x vocabulary. *By itself*: what mst takes without 
 * A bias in one op with the second product (`addmm`) closes the features: it would be added once per
   chunk. The forward then makes the wide value whole, for a moment; the backward loop remains.
 * Experts want chunks of many tokens: every chunk adds to the gradients of all of them. With chunks
-  of 128 tokens those of Qwen3-MoE took 5.4 of Inductor's time; rows are counted for each expert now.
+  of 128 tokens those of Qwen3-MoE took 5.4 of Inductor's time; so rows are counted for each expert.
 * **Features of experts** can be split where gate and up are products of their own. Where they are
   one product that is cut in halves (transformers), the halves' features are no axis of the weight:
   a rule is missing by which a slice refines an axis.
