@@ -130,7 +130,8 @@ def test_adapters_on_frozen_weights(where: str) -> None:
         if isinstance(module, nn.Linear) and name.endswith(names):
             parent = model.get_submodule(name.rpartition(".")[0])
             setattr(parent, name.rpartition(".")[2], Adapted(module))
-    ours = three_way(model, kwargs=batch())
+    # sums over four numbers (the rank): errors of single weights scatter, theirs as ours
+    ours = three_way(model, kwargs=batch(), slack=1e-6)
     assert ours.gradients, "adapters are trained"
     assert all(".down." in n or ".up." in n for n in ours.gradients), "and nothing else"
 
