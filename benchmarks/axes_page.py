@@ -120,8 +120,8 @@ head tokens x hidden features x vocabulary. *By itself*: what mst takes without 
   float32 beside their own bfloat16; it costs up to 7 % of the time. With many tokens, tokens take
   less. The planner tries both and asks its estimate of memory (`passes/plan.py`, step 6); it
   changes the axis if the peak without gradients falls by an eighth, as much as the estimate may be
-  off by. For the four smaller MLPs of this table, along both axes, it was at most 9 % off (in
-  bfloat16: what oneDNN takes inside a product is not in it) and exact in float32.
+  off by. `tests/mstc/test_chunk_memory.py` holds it against what chunks allocate; what oneDNN takes
+  inside a product in bfloat16 is not in it.
 * No loop is made along features where none would be made along tokens. With few tokens the
   gradients of the weights are the peak, and Inductor's peak with gradients is the lowest there is;
   a loop pays its recomputation for values that hardly count.
@@ -133,8 +133,8 @@ head tokens x hidden features x vocabulary. *By itself*: what mst takes without 
   is left is tokens.
 * A bias in one op with the second product (`addmm`) closes the features: it would be added once per
   chunk. The forward then makes the wide value whole, for a moment; the backward loop remains.
-* Experts want chunks of many tokens: every chunk adds to the gradients of all of them. With chunks
-  of 128 tokens those of Qwen3-MoE took 5.4 of Inductor's time; so rows are counted for each expert.
+* Experts want chunks of many tokens: every chunk adds to the gradients of all of them. So rows are
+  counted for each expert.
 * **Features of experts** can be split where gate and up are products of their own. Where they are
   one product that is cut in halves (transformers), the halves' features are no axis of the weight:
   a rule is missing by which a slice refines an axis.

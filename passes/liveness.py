@@ -306,8 +306,9 @@ class _Builder:
             sources = read[self.kernel.get(node, node), phase]
             for source in sorted(sources, key=self.order.__getitem__):
                 keys: list[tuple[Node, Phase]] = [(source, phase), (source, self.phase[source])]
-                key = next((k for k in keys if k in self.uses), None)
-                if key is None or source in self.outputs or source in (node, *self.copied):
+                known = (k for k in keys if k in self.uses and source not in self.copied)
+                key = next(known, None)
+                if key is None or source in self.outputs or source is node:
                     continue
                 start, end = self.uses[key]
                 if (

@@ -71,11 +71,8 @@ class _Reader:
     ) -> Products | None:
         of_rows = self.axis in self.axes.dims(left)[0]
         of_columns = self.axes.dims(right)[1] == (self.axis,)
-        if not (of_rows or of_columns):
-            return None
-        if self.axes.count(left, self.axis) != of_rows:
-            return None
-        if self.axes.count(right, self.axis) != of_columns or of_rows == of_columns:
+        counts = self.axes.count(left, self.axis), self.axes.count(right, self.axis)
+        if of_rows == of_columns or counts != (of_rows, of_columns):
             return None
         operands = (left, right) if bias is None else (bias, left, right)
         return Products((operands,), (node,))
