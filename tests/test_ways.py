@@ -130,7 +130,7 @@ def test_adapters_on_frozen_weights(where: str) -> None:
         if isinstance(module, nn.Linear) and name.endswith(names):
             parent = model.get_submodule(name.rpartition(".")[0])
             setattr(parent, name.rpartition(".")[2], Adapted(module))
-    # of rank four: single weights' errors scatter by how a processor's library adds up, as theirs do
+    # rank four: errors scatter by how a processor adds up, theirs as ours
     ours = three_way(model, kwargs=batch(), slack=1e-6)
     assert ours.gradients, "adapters are trained"
     assert all(".down." in n or ".up." in n for n in ours.gradients), "and nothing else"
